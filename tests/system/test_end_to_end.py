@@ -10,7 +10,7 @@ import pytest
 
 from hbserve import LLM, SamplingParams
 from hbserve.semi_pd.process_rotation_manager import SMAllocation
-from tests.support.engines import assert_no_leaks
+from tests.support.engines import assert_no_leaks, needs_mooncake
 from tests.support.paths import ROOT
 
 DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
@@ -41,34 +41,44 @@ def share_right(llm: LLM, questions: list[language.Question]) -> float:
     return sum(o["text"] == q.answer for o, q in zip(outputs, questions, strict=True)) / len(questions)
 
 
-@pytest.mark.parametrize(
-    ("mode", "options"),
-    [
-        ("unified", {"dtype": "float32"}),
-        ("disaggregated", {"dtype": "float32"}),
-        ("disaggregated", {"dtype": "bfloat16", "kv_transfer_backend": "shm", **FP8}),
-    ],
-    ids=["unified", "disaggregated", "disaggregated-fp8"],
-)
-def test_recall_of_held_out_pairs_in_every_mode(mode: str, options: dict[str, Any]) -> None:
-    with LLM(DEMO, mode=mode, **SETTINGS, **options) as llm:
+def test_recall_of_held_out_pairs_behind_a_transfer() -> None:
+    with LLM(DEMO, mode="disaggregated", dtype="float32", **SETTINGS) as llm:
         assert share_right(llm, recall_questions(20)) >= 0.95
         assert share_right(llm, recall_questions(20, position=10)) >= 0.95
         assert_no_leaks(llm)
 
 
-def test_fp8_behind_a_rotation_and_from_the_prefix_cache() -> None:
-    """Weights and KV, which workers attach to; tests/unit/engine/test_fp8.py has the other conditions."""
+SEMI_PD: dict[str, Any] = {"prefill_percentage": 60, "ladder": {"prefill": [], "decode": []}, "num_sleepers": 1}
+FP8_SYSTEMS: dict[str, dict[str, Any]] = {
+    "unified": {"mode": "unified", **FP8},
+    "shm": {"mode": "disaggregated", "kv_transfer_backend": "shm", "dtype": "bfloat16", **FP8},
+    "gloo": {"mode": "disaggregated", "kv_transfer_backend": "nccl", "kv_cache_dtype": "fp8"},
+    "mooncake": {"mode": "disaggregated", "kv_transfer_backend": "mooncake", **FP8},
+    "semi_pd": {"mode": "semi_pd", **SEMI_PD, **FP8},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[needs_mooncake] if name == "mooncake" else []) for name in FP8_SYSTEMS]
+)
+def test_fp8_answers_are_right_in_every_mode(name: str) -> None:
+    """Chunks, transfers, preemption, then a prefix from the cache, with semi-PD behind a rotation.
+
+    tests/unit/engine/test_fp8.py has weights and KV by themselves.
+    """
     rng = random.Random(5)
-    questions = [language.recall_question(rng, num_pairs) for num_pairs in (3, 12, 20, 30)]
-    semi_pd = {"prefill_percentage": 60, "ladder": {"prefill": [], "decode": []}, "num_sleepers": 1}
-    with LLM(DEMO, mode="semi_pd", **SETTINGS, **semi_pd, **FP8) as llm:
+    questions = [language.copy_question(rng, 14) for _ in range(6)]
+    questions += [language.recall_question(rng, num_pairs) for num_pairs in (3, 20, 30)]
+    settings = SETTINGS | {"num_blocks": 20, "max_model_len": 256, "decode_headroom_tokens": 0}
+    with LLM(DEMO, **settings, **FP8_SYSTEMS[name]) as llm:
         assert share_right(llm, questions) == 1
-        (manager,) = llm.supervisors.values()
-        assert manager.request_sm_reallocation(SMAllocation(80, 100))
-        assert manager.wait_until_settled(DEADLINE_S)
-        assert share_right(llm, questions) == 1
-        assert llm.get_system_stats()["cpu_scheduler"]["cached_prompt_tokens"] > 0
+        for manager in llm.supervisors.values():
+            assert manager.request_sm_reallocation(SMAllocation(80, 100))
+            assert manager.wait_until_settled(DEADLINE_S)
+        assert share_right(llm, questions[-2:] * 2) == 1
+        stats = llm.get_system_stats()["cpu_scheduler"]
+        assert stats["preemptions"] > 0
+        assert stats["cached_prompt_tokens"] > 0
         assert_no_leaks(llm)
 
 
