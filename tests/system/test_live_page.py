@@ -50,7 +50,7 @@ async def system(request: pytest.FixtureRequest) -> AsyncIterator[System]:
         dtype="float32",
         num_blocks=256,
         log_level="ERROR",
-        **({"gpu_instances": workers} if mode == "disaggregated" else {}),
+        **({"gpu_instances": workers, "host_bytes": 4 << 20} if mode == "disaggregated" else {}),
     )
     async with DisaggregatedLLM(config) as llm:
         system.llm, system.stop = llm, asyncio.Event()
@@ -144,6 +144,7 @@ async def test_page(system: System, page: Any) -> None:
     assert await page.locator(".card").count() == 3
     assert await page.locator(".u-wrap").count() == 5
     assert await page.locator("#shares-title").inner_text() == "Busy share"
+    assert "host" in await page.locator("#tiers tbody tr").inner_text()
     for name in ("TTFT", "TPOT"):
         assert await page.locator(".tile", has_text=name).locator(".value").inner_text() == "–"
     assert await page.locator(".tile.late").count() == 0
@@ -226,6 +227,7 @@ async def test_page_changes_the_split_and_shows_the_rotation(system: System, pag
     await page.locator("#status.ready").wait_for()
     assert await page.locator(".level", has_text="25 %").count() == 0
     assert await page.locator("#shares-title").inner_text() == "Split over time"
+    assert not await page.locator("#tiers").is_visible()
     assert await page.locator("#mode").inner_text() == "semi_pd, chosen for this machine"
     await page.keyboard.press("a")
     await page.get_by_label("Admin key").fill(ADMIN)

@@ -38,6 +38,7 @@ function show(data) {
   showRequests(stats.recent?.requests ?? [], data.time);
   showEvents(stats.recent?.events ?? []);
   showLinks(stats.kv_transfer?.links ?? {});
+  showTiers(stats.kv_tiers ?? {});
 }
 
 function showHeader(data) {
@@ -154,6 +155,21 @@ function showLinks(links) {
     const row = text("tr");
     const failures = Object.values(link.failures ?? {}).reduce((sum, count) => sum + count, 0);
     const cells = [name.replace("->", " → "), number(link.transfers), bytes(link.bytes), measured(link.gb_per_s) == null ? "–" : `${number(link.gb_per_s, 2)} GB/s`, number(failures)];
+    row.append(...cells.map((cell) => text("td", cell)));
+    return row;
+  }));
+}
+
+// Memory beside the devices that keeps KV; hidden where there is none.
+function showTiers(tiers) {
+  const rows = Object.entries(tiers);
+  by("tiers").hidden = rows.length === 0;
+  by("tiers").querySelector("tbody").replaceChildren(...rows.map(([name, tier]) => {
+    const row = text("tr");
+    const failures = Object.values(tier.failures ?? {}).reduce((sum, count) => sum + count, 0);
+    const share = tier.slots ? `${number((100 * tier.blocks) / tier.slots)} %` : number(tier.blocks);
+    const rate = tier.load_s ? `${number(tier.loaded_bytes / tier.load_s / 1e9, 2)} GB/s` : "–";
+    const cells = [name, share, bytes(tier.stored_bytes), bytes(tier.loaded_bytes), rate, number(tier.saved_prompt_tokens), number(failures)];
     row.append(...cells.map((cell) => text("td", cell)));
     return row;
   }));
