@@ -94,6 +94,10 @@ class BlockParts:
         """Compute one 64-bit number for each block's part, see `checksums_of`."""
         num_bytes = self.part_bytes(part)
         sums: list[int] = []
+        if part.count == 1 and self.kv_blocks.is_cuda and num_bytes % _WORD_BYTES == 0:
+            index = torch.tensor(block_ids, device=self.kv_blocks.device)
+            in_place: list[int] = _checksums(self.kv_blocks.view(torch.int64), index).tolist()
+            return in_place
         for start in range(0, len(block_ids), _MAX_BLOCKS):
             batch = block_ids[start : start + _MAX_BLOCKS]
             buffer = torch.empty(len(batch), num_bytes, dtype=torch.uint8, device=self.kv_blocks.device)
@@ -131,11 +135,53 @@ def checksums_of(blocks: torch.Tensor) -> torch.Tensor:
     Args:
         blocks: uint8 ``[block, byte]``, contiguous.
     """
-    weights = _weights(blocks.shape[1] // _WORD_BYTES, blocks.device)
-    words = blocks.view(torch.int64)
-    if words.device.type == "cpu":
-        return torch.mv(words, weights)  # the same number, ten times as fast; CUDA has no such kernel for integers
-    return (words * weights).sum(1)
+    return _checksums(blocks.view(torch.int64), None)
+
+
+def take_blocks(arena: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Copy blocks out of an arena and return their checksums, as `checksums_of`, at the cost of few multiprocessors.
+
+    Args:
+        arena: int64 ``[block, word]``.
+        index: the blocks, int64, on the same device.
+        out: likewise, one row for each block.
+    """
+    if arena.device.type == "cuda":
+        return _move(arena, index, out, _FEW_PROGRAMS)
+    torch.index_select(arena, 0, index, out=out)
+    return _checksums(out, None)
+
+
+def put_blocks(arena: torch.Tensor, index: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Copy blocks into an arena and return the checksums of what was copied; as `take_blocks`."""
+    if arena.device.type == "cuda":
+        return _move(arena, index, words, _FEW_PROGRAMS, to_arena=True)
+    arena.index_copy_(0, index, words)
+    return _checksums(words, None)
+
+
+def _checksums(arena: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Return the checksums of rows of words; ``index``: None: of all."""
+    if arena.device.type == "cuda":
+        index = torch.arange(len(arena), device=arena.device) if index is None else index
+        return _move(arena, index, None, _MANY_PROGRAMS)
+    words = arena if index is None else arena[index]
+    return torch.mv(words, _weights(arena.shape[1], arena.device))
+
+
+def _move(
+    arena: torch.Tensor, index: torch.Tensor, words: torch.Tensor | None, num_programs: int, to_arena: bool = False
+) -> torch.Tensor:
+    from hbserve.kv_transfer import block_kernels  # Triton is there on a GPU only
+
+    return block_kernels.move(arena, index, words, _weights(arena.shape[1], arena.device), num_programs, to_arena)
+
+
+_FEW_PROGRAMS = 16
+"""Thread blocks of a copy beside a model's steps. An H200 has 132 multiprocessors, and one moves more than 10 GB/s, so
+these keep up with a link to the host."""
+_MANY_PROGRAMS = 132
+"""Thread blocks of a checksum for which a request waits."""
 
 
 _MAX_COPIED_RUNS = 4
