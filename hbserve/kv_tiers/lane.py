@@ -1,4 +1,4 @@
-"""A lane: one direction of one tier, in a thread of its own and on a GPU on a stream of its own."""
+"""A lane: one direction of one tier, in a thread of its own and on a GPU on streams of its own."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from hbserve.kv_tiers import sealed
 from hbserve.kv_tiers.base import BlockName, KVTier
-from hbserve.kv_transfer.block_parts import checksums_of
+from hbserve.kv_transfer.block_parts import put_blocks, take_blocks
 from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierResult
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,9 @@ _BUFFER_BYTES = 16 << 20
 """Bytes of a lane's buffer on the device: blocks are gathered there, and leave or come in pieces of this size.
 
 The copies of one direction share the GPU's copy engine, whatever their streams. So a step's inputs and tokens may wait
-for pieces that were asked for before them. A lane therefore asks for one piece at a time; at the measured 50 GB/s a
-piece takes a third of a millisecond.
+for pieces that were asked for before them. A lane therefore has one piece at a time in the engine's queue; at 50 GB/s a
+piece takes a third of a millisecond. On a GPU, memory of the host has two buffers: blocks are gathered in the one, or
+scattered from it, while the other one is copied.
 """
 
 
@@ -55,6 +56,43 @@ class _Over(Exception):
     """The job was ended from outside."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A buffer on the device, and on a GPU the stream of what is done with it; ``copied``: the end of its last copy."""
+
+    buffer: torch.Tensor
+    stream: Any = None
+    copied: Any = None
+
+    @staticmethod
+    def of(num_blocks: int, block_bytes: int, device: torch.device) -> _Turn:
+        buffer = torch.empty(num_blocks, block_bytes, dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            return _Turn(buffer)
+        return _Turn(buffer, torch.cuda.Stream(device), torch.cuda.Event())  # type: ignore[no-untyped-call]
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """Make its stream the current one, on a GPU."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def wait(self) -> None:
+        """Wait for what was asked of the device."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    @contextmanager
+    def copying(self, others: list[_Turn]) -> Iterator[None]:
+        """Run a copy to or from the tier after the last ones of the other turns."""
+        if self.stream is None:
+            yield
+            return
+        for other in others:
+            if other is not self:
+                self.stream.wait_event(other.copied)
+        yield
+        self.copied.record(self.stream)
+
+
 class Lane:
     """Does jobs one after the other.
 
@@ -79,10 +117,9 @@ class Lane:
         self._device = kv_blocks.device
         self._block_bytes = kv_blocks.shape[1]
         self._num_buffered = max(1, _BUFFER_BYTES // self._block_bytes)
-        self._buffer: torch.Tensor | None = None
+        self._turns: list[_Turn] = []
         self._values: torch.Tensor | None = None  # in the host's memory, for tiers that keep blocks by name
         self._sealed: list[int | None] = []  # checksums in the values of the job under way
-        self._stream: Any = None
         self._jobs: queue.SimpleQueue[CopyJob | None] = queue.SimpleQueue()
         # A daemon: storage that hangs must not keep the process from ending.
         threading.Thread(target=self._run, name="kv-tier", daemon=True).start()
@@ -100,8 +137,7 @@ class Lane:
     def _run(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.inference_mode(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
                 try:
                     result = self._do(job)
@@ -119,31 +155,33 @@ class Lane:
     def _do(self, job: CopyJob) -> TierResult:
         began = time.perf_counter()
         command, may_hang = job.command, self._tier.may_hang
-        if self._buffer is None:
+        if not self._turns:
             self._make_buffers()
-        assert self._buffer is not None
         self._sealed.clear()
         failures: dict[int, str] = {}
         parts: list[torch.Tensor] = []
-        with nullcontext() if may_hang else self._touching(job):
-            index = torch.tensor(command.block_ids, device=self._device)
-            for first in range(0, len(index), self._num_buffered):
+        with self._turns[0].on_stream(), nullcontext() if may_hang else self._touching(job):
+            index = torch.tensor(command.block_ids, device=self._device)  # which waits for the device
+            for number, first in enumerate(range(0, len(index), self._num_buffered)):
+                turn = self._turns[number % len(self._turns)]
+                turn.wait()
                 blocks = index[first : first + self._num_buffered]
-                buffer = self._buffer[: len(blocks)]
+                buffer = turn.buffer[: len(blocks)]
                 words = buffer.view(torch.int64)
                 touching = self._touching(job) if may_hang else nullcontext()
-                if isinstance(command, StoreBlocks):
-                    with touching:
-                        torch.index_select(self._arena, 0, blocks, out=words)
-                    parts.append(checksums_of(buffer))
-                    found = self._put(self._names(command, first, len(blocks)), buffer, parts[-1])
-                else:
-                    found = self._get(command, first, buffer)
-                    parts.append(checksums_of(buffer))
-                    with touching:
-                        self._arena.index_copy_(0, blocks, words)  # what is not sound is computed over
+                with turn.on_stream():
+                    if isinstance(command, StoreBlocks):
+                        with touching:
+                            parts.append(take_blocks(self._arena, blocks, words))
+                        with turn.copying(self._turns):
+                            found = self._put(self._names(command, first, len(blocks)), buffer, parts[-1])
+                    else:
+                        with turn.copying(self._turns):
+                            found = self._get(command, first, buffer)
+                        with touching:  # what is not sound is computed over
+                            parts.append(put_blocks(self._arena, blocks, words))
                 failures |= {first + place: kind for place, kind in _checked(found, len(blocks)).items()}
-                self._wait()
+            self._wait()
             checksums: list[int] = torch.cat(parts).tolist()
         if isinstance(command, LoadBlocks):
             self._compare(command, checksums, failures)
@@ -158,8 +196,8 @@ class Lane:
         )
 
     def _make_buffers(self) -> None:
-        shape = self._num_buffered, self._block_bytes
-        self._buffer = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        num_turns = 2 if self._device.type == "cuda" and not self._tier.may_hang else 1
+        self._turns = [_Turn.of(self._num_buffered, self._block_bytes, self._device) for _ in range(num_turns)]
         if not self._tier.has_slots:
             shape = self._num_buffered, self._block_bytes + sealed.SEAL_BYTES
             values = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
@@ -218,8 +256,8 @@ class Lane:
 
     def _wait(self) -> None:
         """Wait for what the lane has asked the device for."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        for turn in self._turns:
+            turn.wait()
 
 
 def _checked(failures: dict[int, str], num_blocks: int) -> dict[int, str]:

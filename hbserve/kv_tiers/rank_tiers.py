@@ -17,6 +17,7 @@ from hbserve.kv_tiers.lane import CopyJob, Lane
 from hbserve.kv_tiers.lookups import Lookups
 from hbserve.kv_tiers.sealed import SEAL_BYTES
 from hbserve.kv_tiers.store import make_store
+from hbserve.kv_transfer.block_parts import prepare_copies
 from hbserve.messages.tiers import (
     FindBlocks,
     FoundBlocks,
@@ -78,6 +79,8 @@ class RankTiers:
         self._lookups: Lookups | None = None
         self._prefixes = [f"{name}-{number}of{num_ranks}-" for number in range(num_ranks)]
         block_bytes = kv_blocks.shape[1]
+        if host is not None or config.disk is not None or config.store is not None:
+            prepare_copies(block_bytes, kv_blocks.device)
         if host is not None:
             slots = HostTier(host, platform, rank, num_ranks, block_bytes)
             if slots.num_slots:

@@ -12,7 +12,8 @@ import triton.language as tl
 _TILE_WORDS = 4096
 
 
-@triton.jit
+# One version for all numbers of blocks: another one would be compiled beside the steps.
+@triton.jit(do_not_specialize=["index", "num_tiles", "tiles_of_block"])
 def _move_kernel(  # type: ignore[no-untyped-def]
     arena,
     index,

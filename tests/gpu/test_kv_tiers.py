@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 
+from hbserve.config import KVCacheConfig
+from hbserve.kv_cache.host_memory import HostMemoryOwner
+from hbserve.kv_tiers.rank_tiers import RankTiers
+from hbserve.kv_transfer.block_parts import BlockParts, checksums_of, put_blocks, take_blocks
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
+from hbserve.messages.transfer import LayerGroup
+from hbserve.platform import make_platform
 from tests.system.test_kv_tiers import Case, check_answers, make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -18,3 +27,66 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Case]]:
 @pytest.mark.parametrize("mode", ["unified", "semi_pd"])
 def test_answers_are_those_of_a_system_without_tiers(model: tuple[str, list[Case]], mode: str) -> None:
     check_answers(*model, mode=mode, device="cuda")
+
+
+@pytest.mark.parametrize("num_words", [64, 4096, 9000])
+def test_blocks_are_moved_and_summed_in_one_pass(num_words: int) -> None:
+    generator = torch.Generator().manual_seed(num_words)
+    arena = torch.randint(-(2**62), 2**62, (40, num_words), generator=generator)
+    chosen = torch.tensor([7, 0, 39, 5, 21])
+    sums = checksums_of(arena[chosen].view(torch.uint8).view(5, -1))
+    on_gpu, index = arena.cuda(), chosen.cuda()
+    out = torch.empty(5, num_words, dtype=torch.int64, device="cuda")
+    assert torch.equal(take_blocks(on_gpu, index, out).cpu(), sums)
+    assert torch.equal(out.cpu(), arena[chosen])
+    assert torch.equal(put_blocks(on_gpu, index + 1 - index % 2, out).cpu(), sums)
+    assert torch.equal(on_gpu[index + 1 - index % 2], out)
+    parts = BlockParts(arena.cuda().view(torch.uint8).view(40, -1))
+    assert parts.checksums(chosen.tolist()) == sums.tolist()
+    layers = BlockParts(arena.view(torch.uint8).view(40, -1)).of_layers(LayerGroup(index=1, count=2))
+    assert parts.of_layers(LayerGroup(index=1, count=2)).checksums([3, 8]) == layers.checksums([3, 8])
+
+
+async def test_both_directions_at_once_lose_nothing() -> None:
+    """A lane's two buffers, in many pieces, with blocks of a whole model's size."""
+    platform = make_platform("cuda", 0, None, 1, 0, 1)
+    platform.activate()
+    block_bytes, count = 1 << 20, 96
+    owner = HostMemoryOwner(count * block_bytes + 4096)
+    owner.reserve()
+    generator = torch.Generator().manual_seed(1)
+    arena = torch.randint(0, 256, (2 * count, block_bytes), dtype=torch.uint8, generator=generator).cuda()
+    before = arena[:count].clone()
+    results: asyncio.Queue[TierResult] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    tiers = RankTiers(
+        KVCacheConfig(),
+        owner.memory,
+        platform,
+        arena,
+        0,
+        1,
+        lambda result: loop.call_soon_threadsafe(results.put_nowait, result),
+    )
+    slots, keys = list(reversed(range(count))), [b"%d" % slot for slot in range(count)]
+    blocks, others = torch.randperm(count).tolist(), (count + torch.randperm(count)).tolist()
+    checksums: list[list[int]] = []
+    for job_id in range(1, 5):
+        tiers.handle(StoreBlocks(epoch=0, job_id=job_id, tier="host", keys=keys, slots=slots, block_ids=blocks))
+        if checksums:
+            command = LoadBlocks(
+                epoch=0,
+                job_id=100 + job_id,
+                tier="host",
+                keys=keys,
+                slots=slots,
+                block_ids=others,
+                checksums=checksums,
+            )
+            tiers.handle(command)
+        for _ in range(2 if checksums else 1):
+            result = await asyncio.wait_for(results.get(), 30.0)
+            assert (result.failures, result.error) == ({}, None)
+            checksums = result.checksums or checksums
+    assert torch.equal(arena[others], before[blocks])
+    owner.close()
