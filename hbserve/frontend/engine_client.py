@@ -234,10 +234,11 @@ class EngineClient:
         return await self._ask(GetStats(query_id=next(self._query_ids), recent=recent), timeout_s)
 
     async def set_role(self, instance_id: str, role: InstanceRole, deadline_s: float = 120.0) -> None:
-        """Change an instance between prefill and decode; returns when it has changed.
+        """Change an instance between prefill, decode and unified; returns when it has changed.
 
-        The instance gets no more requests, finishes those that it has, and then changes. It keeps its weights and its
-        prefix cache. An instance that has not finished its requests by the deadline keeps its role.
+        An instance whose worker is prepared for the role changes at once; what is under way goes on there. Another one
+        gets no more requests, finishes those that it has, and then changes; if it has not finished by the deadline, it
+        keeps its role. It keeps its weights and its prefix cache.
 
         Raises:
             UnknownInstanceError: if no instance has that name.

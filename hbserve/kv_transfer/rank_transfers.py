@@ -51,7 +51,7 @@ def make_manager(
 
 
 class NoTransfers(KVTransferManager):
-    """The manager of mode ``unified``, in which no KV moves: it listens nowhere and holds no buffers."""
+    """The manager of a system of one ``unified`` instance, where no KV moves: it listens nowhere and holds no buffers."""
 
     one_sided = False
     endpoint = ""
@@ -100,7 +100,7 @@ class RankTransfers:
         self._sharing = sharing
         assert instance.kv_rank is not None
         self._config, self._instance, self._shard = config.kv_transfer, instance, shard
-        self._are_needed = config.mode != "unified"
+        self._are_needed = config.mode != "unified" or len(config.gpu_instances) > 1  # roles may change
         self._rank = instance.kv_rank * config.max_ranks + shard.rank
         self._kv_blocks = kv_blocks
         self._report = report

@@ -37,8 +37,8 @@ class WindowMetrics(Message, frozen=True):
 
 
 class SetRole(Message, frozen=True):
-    """Change an instance's role once it has no work left; answered by `InstanceChanged`. ``deadline_s``: after this
-    time the instance goes on in its old role."""
+    """Change an instance's role, at once or when it has no work left; answered by `InstanceChanged`. ``deadline_s``:
+    after this time the instance goes on in its old role."""
 
     query_id: int
     instance_id: str

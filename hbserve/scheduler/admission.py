@@ -355,7 +355,8 @@ class Admission:
         compute every prompt token before one whose log-probabilities the client still waits for.
         """
         pool = instance.pool
-        num_running = instance.num_sequences if instance.role.decodes else 0
+        decodes = instance.role.decodes or instance.choice.finishes_decodes
+        num_running = instance.num_sequences if decodes else 0
         pool.decode_headroom_blocks = num_running * -(-self._headroom_tokens // pool.block_size)
         usable_tokens = len(sequence.tokens) - 1 if prefills else len(sequence.tokens)
         if prefills and sequence.lacks_prompt_logprobs:

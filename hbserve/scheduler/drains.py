@@ -1,4 +1,9 @@
-"""Draining of instances while the system serves: to change from prefill to decode or back, or to leave."""
+"""Changes of instances while the system serves: to another role, or to leave.
+
+An instance that is prepared for its new role takes it as soon as the links for it are open. It keeps serving meanwhile,
+and what is under way goes on where its memory is. Any other instance is drained first, because it captures CUDA graphs
+for the new role: its streams would wait for that.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +23,21 @@ from hbserve.scheduler.transfer_tracker import TransferTracker
 
 @dataclass(slots=True)
 class _Drain:
-    """One drain: its instance gets no new request until it has nothing left.
+    """One change: its instance gets no new request until it has nothing left, or changes at once.
 
     Attributes:
         asked_by: client and query to answer; None: the instance itself asked.
         role: the role afterwards; None: the instance leaves.
         deadline: when the drain is given up; None: the instance itself ends it.
         is_prepared: the instance has been told to prepare for the role, or to end.
+        at_once: the instance is prepared, and goes on with its requests; only links may be missing.
     """
 
     asked_by: tuple[bytes, int] | None
     role: InstanceRole | None
     deadline: float | None
     is_prepared: bool = False
+    at_once: bool = False
 
 
 class Drains:
@@ -57,29 +64,29 @@ class Drains:
         self._clock = clock
         self._outbox = outbox
         self._drains: dict[str, _Drain] = {}
+        self._changed: list[InstanceHandle] = []  # they may have links that only what is under way needs
 
     def set_role(self, client: bytes, message: SetRole) -> None:
         """Begin a change of role, or tell the client why not."""
         instance = self._known(client, message)
         if instance is None:
             return
-        problem = self._problem(instance)
-        plain = (InstanceRole.PREFILL, InstanceRole.DECODE)
-        if instance.role not in plain or message.role not in plain:
-            problem = f"{instance.id} is {instance.role}: only prefill and decode instances change, into each other"
-        elif instance.role is message.role:
+        problem = self._change_under_way(instance) or self._why_role_is_needed(instance, message.role)
+        if InstanceRole.SEMI_PD in (instance.role, message.role):
+            problem = f"{instance.id} is {instance.role}: a semi_pd instance keeps its role, and no other becomes one"
+        elif problem is None and instance.role is message.role:
             self._outbox.reply(client, InstanceChanged(query_id=message.query_id))
             return
-        self._begin(
-            instance, problem, _Drain((client, message.query_id), message.role, self._clock.now + message.deadline_s)
-        )
+        at_once = instance.ready and instance.is_prepared_for(message.role)
+        deadline = self._clock.now + message.deadline_s
+        self._begin(instance, problem, _Drain((client, message.query_id), message.role, deadline, at_once=at_once))
 
     def remove(self, client: bytes, message: RemoveInstance) -> None:
         """Begin to remove an instance, or tell the client why not."""
         instance = self._known(client, message)
         if instance is None:
             return
-        problem = self._problem(instance)
+        problem = self._change_under_way(instance) or self.why_needed(instance)
         if problem is None and instance.role is InstanceRole.SEMI_PD:
             problem = f"{instance.id} is {instance.role}: it ends with the system"
         self._begin(instance, problem, _Drain((client, message.query_id), None, self._clock.now + message.deadline_s))
@@ -113,11 +120,20 @@ class Drains:
             self._outbox.reply(client, InstanceChanged(query_id=message.query_id, error=error, is_unknown=True))
         return instance
 
-    def _problem(self, instance: InstanceHandle) -> str | None:
+    def _change_under_way(self, instance: InstanceHandle) -> str | None:
         if instance.id in self._drains:
             leaves = self._drains[instance.id].role is None
             return f"{instance.id} is {'leaving' if leaves else 'changing its role'} already"
-        return self.why_needed(instance)
+        return None
+
+    def _why_role_is_needed(self, instance: InstanceHandle, role: InstanceRole) -> str | None:
+        """Return why the system could not serve if an instance took a role; None: it could."""
+        others = [other for other in self._instances.values() if other is not instance and not other.is_draining]
+        if instance.ready and not _serve([role, *(other.role for other in others if other.ready)]):
+            return f"{instance.id} is the only {instance.role} instance that is ready"
+        if not _serve([role, *(other.role for other in others)]):
+            return f"{instance.id} is the only {instance.role} instance"
+        return None
 
     def why_needed(self, instance: InstanceHandle) -> str | None:
         """Return why the system cannot do without an instance in its role; None: others can take its place."""
@@ -138,15 +154,23 @@ class Drains:
             client, query_id = drain.asked_by
             self._outbox.reply(client, InstanceChanged(query_id=query_id, error=problem))
             return
-        instance.is_draining = True
+        instance.is_draining = not drain.at_once
         self._drains[instance.id] = drain
 
     def proceed(self) -> None:
-        """Continue the drains of instances that have nothing left, and give up those that are late."""
+        """Continue the drains of instances that have nothing left, and give up those that are late.
+
+        Close the links that were needed only for what was under way when a role changed.
+        """
+        if self._changed and not self._drains:
+            self._changed = [each for each in self._changed if not self._transfers.disconnect_unneeded(each)]
         for name, drain in list(self._drains.items()):
             instance = self._instances.get(name)
             if instance is None:
                 self._end(name, f"{name} was lost")
+                continue
+            if drain.at_once:
+                self._change_at_once(instance, drain)
                 continue
             is_empty = not (instance.num_sequences or instance.num_steps_in_flight)
             if is_empty and not self._transfers.touches(instance):
@@ -154,6 +178,20 @@ class Drains:
             elif drain.deadline is not None and self._clock.now > drain.deadline and not drain.is_prepared:
                 left = instance.num_sequences
                 self._end(name, f"{name} still had {left} requests at the deadline; it stays {instance.role}")
+
+    def _change_at_once(self, instance: InstanceHandle, drain: _Drain) -> None:
+        assert drain.role is not None
+        assert drain.deadline is not None
+        if not instance.ready:
+            self._end(instance.id, f"{instance.id} was lost")
+        elif (problem := self._why_role_is_needed(instance, drain.role)) is not None:
+            self._end(instance.id, problem)  # another one has changed since this was asked for
+        elif self._transfers.prepare(instance, drain.role, self._instances.values()):
+            self._planner.plan_preparation(instance, drain.role)  # so that it names its role to a later scheduler
+            self._change_role(instance, drain.role)
+            self._end(instance.id, None)
+        elif self._clock.now > drain.deadline:
+            self._end(instance.id, f"its links did not open by the deadline; {instance.id} stays {instance.role}")
 
     def _go_on(self, instance: InstanceHandle, drain: _Drain) -> None:
         if drain.role is None:
@@ -166,12 +204,16 @@ class Drains:
             drain.is_prepared = True
             self._planner.plan_preparation(instance, drain.role)
             return  # the next call finds the preparation done
-        self._events.note("role", instance.id, f"{instance.role} to {drain.role}")
         self._transfers.disconnect(instance)
-        instance.change_role(drain.role)
-        self._transfers.connect(self._instances.values())
-        self._outbox.log(logging.INFO, f"{instance.id} is {drain.role} now")
+        self._change_role(instance, drain.role)
         self._end(instance.id, None)
+
+    def _change_role(self, instance: InstanceHandle, role: InstanceRole) -> None:
+        self._events.note("role", instance.id, f"{instance.role} to {role}")
+        instance.change_role(role)
+        self._transfers.connect(self._instances.values())
+        self._changed.append(instance)
+        self._outbox.log(logging.INFO, f"{instance.id} is {role} now")
 
     def _end(self, name: str, error: str | None) -> None:
         drain = self._drains.pop(name)
@@ -180,3 +222,8 @@ class Drains:
         if drain.asked_by is not None:
             client, query_id = drain.asked_by
             self._outbox.reply(client, InstanceChanged(query_id=query_id, error=error))
+
+
+def _serve(roles: list[InstanceRole]) -> bool:
+    """Whether instances of these roles can serve a request together."""
+    return any(role.prefills for role in roles) and any(role.decodes for role in roles)

@@ -20,7 +20,7 @@ from hbserve.policy.profile_curves import ProfileCurves
 from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
-from hbserve.scheduler.worker import Work, WorkerHandle
+from hbserve.scheduler.worker import Work, WorkerHandle, phases_of
 from hbserve.scheduler.worker_choice import WorkerChoice
 
 
@@ -118,14 +118,22 @@ class InstanceHandle:
     # --- workers ---------------------------------------------------------------------------------
 
     def change_role(self, role: InstanceRole) -> None:
-        """Take another role; the instance must have nothing to do."""
-        is_at_work = self.num_sequences or self.num_steps_in_flight
-        assert not is_at_work, f"{self.id} is at work"
+        """Take another role, for requests that come from now on.
+
+        What is under way goes on where its memory is. An instance that has become one for prefill decodes its sequences
+        to their ends, in the same steps; one that has become one for decode computes its prompts, and sends those that
+        decode elsewhere.
+        """
         self.role = role
         for worker in self.workers.values():
             worker.role = role
         self.choice.reset(role)
+        self.choice.finishes_decodes = not role.decodes and bool(self.allocations)
         self.wake()
+
+    def is_prepared_for(self, role: InstanceRole) -> bool:
+        """Whether a change to a role needs no preparation, such as the capture of CUDA graphs."""
+        return all(phases_of(role) <= worker.prepared_phases for worker in self.workers.values())
 
     @property
     def ready(self) -> bool:
@@ -164,7 +172,8 @@ class InstanceHandle:
         peers = [other.timing for other in self.workers.values() if other is not worker and other.role is worker.role]
         predictor = StepTimePredictor(self._curves, worker.percentage)
         worker.timing = DispatchTimer(predictor, max(peers, key=lambda timing: timing.num_samples, default=None))
-        worker.prepared_for = worker.started_as
+        worker.prepared_for, worker.prepared_phases = worker.started_as, phases_of(worker.started_as)
+        worker.prepared_phases |= phases_of(hello.serves_as)
         if hello.arena_epoch != self.arena_epoch:
             self.reset()
             self.arena_epoch = hello.arena_epoch
@@ -254,6 +263,8 @@ class InstanceHandle:
         """Have the sequence take part from the next plan on."""
         self.reserved.pop(sequence, None)
         self.allocations[sequence] = allocation
+        if sequence.decode_allocation is allocation and not self.role.decodes:
+            self.choice.finishes_decodes = True  # it was on its way here when the role changed
         self.wake()
 
     def free_slot(self, sequence: Sequence, allocation: KVAllocation) -> None:

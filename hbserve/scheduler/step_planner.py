@@ -19,7 +19,7 @@ from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.transfer_tracker import TransferTracker
-from hbserve.scheduler.worker import WorkerHandle
+from hbserve.scheduler.worker import WorkerHandle, phases_of
 from hbserve.scheduler.worker_choice import StepLimit
 from hbserve.speculation import Draft
 from hbserve.speculation.choice import Candidate, Way, choose
@@ -150,6 +150,7 @@ class StepPlanner:
             (sequence, allocation)
             for sequence, allocation in allocations
             if allocation.num_planned >= allocation.num_tokens_at_entry
+            and sequence.decode_allocation is allocation
             and (allocation.last_worker_id == worker.id or can_take(worker, allocation))
         ]
 
@@ -285,7 +286,9 @@ class StepPlanner:
                 after=after,
             )
         )
-        worker.prepared_for = role
+        if role is not worker.prepared_for:
+            worker.prepared_for = role
+            worker.prepared_phases |= phases_of(role)
         if self._logs_plans:
             names = ", ".join(row.sequence.id for row in step.inflight)
             rows, tokens = len(step.rows), step.prefill_tokens

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from hbserve.config import InstanceRole
 from hbserve.messages.transfer import (
     ALL_LAYERS,
     CancelTransfer,
@@ -89,13 +90,34 @@ class TransferTracker:
     # --- links -----------------------------------------------------------------------------------
 
     def connect(self, instances: Iterable[InstanceHandle]) -> None:
-        """Open the links that the instances' roles need and that are missing."""
+        """Open the links that the instances' roles, and what is under way, need and that are missing."""
         ready = [instance for instance in instances if instance.ready]
         for source in ready:
             for target in ready:
-                needed = source.role.prefills and not source.role.decodes and not target.role.prefills
-                if needed and (source.id, target.id) not in self._links:
+                if (source.id, target.id) not in self._links and _is_needed(source, target):
                     self._open_link(source, target)
+
+    def prepare(self, instance: InstanceHandle, role: InstanceRole, instances: Iterable[InstanceHandle]) -> bool:
+        """Open the links that an instance will need in another role; returns whether all of them are open."""
+        needed = []
+        for other in instances:
+            if other is not instance and other.ready:
+                needed += [(instance, other)] * _roles_need(role, other.role)
+                needed += [(other, instance)] * _roles_need(other.role, role)
+        for source, target in needed:
+            if (source.id, target.id) not in self._links:
+                self._open_link(source, target)
+        return all(self.is_open(source.id, target.id) for source, target in needed)
+
+    def disconnect_unneeded(self, instance: InstanceHandle) -> bool:
+        """Close an instance's links that neither roles nor what is under way need; returns whether all others are
+        needed by roles."""
+        links = [link for link in self._links.values() if instance in (link.source, link.target)]
+        unneeded = [link for link in links if not _roles_need(link.source.role, link.target.role)]
+        for link in unneeded:
+            if not link.transfers and not _is_needed(link.source, link.target):
+                self._break(link)
+        return all(link.is_broken for link in unneeded)
 
     def disconnect(self, instance: InstanceHandle) -> None:
         """Close an instance's links, which must have no transfers."""
@@ -354,3 +376,16 @@ def _is_one_sided(link: Link) -> bool:
 def _needs_merging(link: Link) -> bool:
     """Whether several senders write their heads into the same blocks."""
     return _is_one_sided(link) and len(link.sources) > len(link.targets)
+
+
+def _roles_need(source: InstanceRole, target: InstanceRole) -> bool:
+    return source.prefills and not source.decodes and not target.prefills
+
+
+def _is_needed(source: InstanceHandle, target: InstanceHandle) -> bool:
+    """Whether roles need a link, or a request that was admitted under earlier ones."""
+    if source is target:
+        return False
+    own = source.allocations | source.reserved
+    elsewhere = (s.decode_allocation for s, a in own.items() if s.decode_allocation not in (None, a))
+    return _roles_need(source.role, target.role) or any(a is not None and a.instance_id == target.id for a in elsewhere)

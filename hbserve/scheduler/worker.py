@@ -45,6 +45,12 @@ class Work:
             self.expert_tokens = [[*map(operator.add, *layers)] for layers in zip(old, reported, strict=False)]
 
 
+def phases_of(role: InstanceRole) -> set[InstanceRole]:
+    """Return the phases of a role."""
+    phases = {InstanceRole.PREFILL: role.prefills, InstanceRole.DECODE: role.decodes}
+    return {phase for phase, does in phases.items() if does}
+
+
 class WorkerHandle:
     """One worker as the scheduler knows it; owner of the worker's steps in flight.
 
@@ -53,7 +59,7 @@ class WorkerHandle:
     Attributes:
         hello: what the worker said of itself; None while it is not registered: not started yet, or lost.
         started_as: the role in the configuration of its process, which its `Hello` names.
-        prepared_for: the role that it prepared for last.
+        prepared_for: the role that it prepared for last; ``prepared_phases``: those of all roles that it prepared for.
         percentage: its share of the device.
         address: where it listens; ``connection``: the number of the connection to it.
         last_seen: when its last message came; `WorkerRegistry` sets it.
@@ -78,6 +84,7 @@ class WorkerHandle:
     ) -> None:
         self.id = worker_id
         self.role = self.started_as = self.prepared_for = role
+        self.prepared_phases = phases_of(role)
         self.percentage = percentage
         self.address = address
         self.connection = outbox.connect(address)

@@ -74,6 +74,7 @@ class WorkerChoice:
     Attributes:
         shares: each phase's percentage while both phases are busy.
         is_mixed: one worker does both phases, in the same steps.
+        finishes_decodes: a prefill instance decodes what it had when it got this role.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class WorkerChoice:
         clock: Clock,
     ) -> None:
         self.shares = dict.fromkeys(PHASES, 100)
-        self.is_mixed = False
+        self.is_mixed = self.finishes_decodes = False
         self._role = role
         self._clock = clock
         self._workers = workers
@@ -134,7 +135,11 @@ class WorkerChoice:
         last one (`steps_ahead`). Where it cannot wait, the change does.
         """
         if self._role is not InstanceRole.SEMI_PD and len(self._workers) == 1:
-            return {worker: _PHASES_OF_ONE[self._role] for worker in self._workers.values() if worker.can_take_plans}
+            phases = _PHASES_OF_ONE[self._role]
+            if self.finishes_decodes:
+                self.finishes_decodes = any(s.decode_allocation is a for s, a in self._allocations.items())
+                phases = set(PHASES)
+            return {worker: phases for worker in self._workers.values() if worker.can_take_plans}
         chosen: dict[WorkerHandle, set[InstanceRole]] = {}
         mixing = self._mixing_worker()
         busy = {phase: self._is_busy(phase) for phase in PHASES}
@@ -311,7 +316,7 @@ class WorkerChoice:
         waiting_tokens = 0
         for sequence, allocation in self._allocations.items():
             if allocation.num_planned >= allocation.num_tokens_at_entry:
-                if not sequence.is_batch:
+                if not sequence.is_batch and sequence.decode_allocation is allocation:
                     decoding.append((sequence, allocation))
             elif not sequence.is_batch and self.can_take(worker, allocation):
                 waiting_tokens += allocation.num_to_prefill

@@ -191,7 +191,7 @@ def create_app(
 
     @app.post("/v1/instances/{instance_id}/role")
     async def set_role(instance_id: str, body: RoleRequest) -> dict[str, Any]:
-        """Change an instance's role between prefill and decode; answer when it is changed."""
+        """Change an instance's role between prefill, decode and unified; answer when it is changed."""
         await client.set_role(instance_id, InstanceRole(body.role), body.timeout_s)
         return {"instance_id": instance_id, "role": body.role}
 

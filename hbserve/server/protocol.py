@@ -239,7 +239,7 @@ class DetokenizeRequest(Body):
 class RoleRequest(Body):
     """Body of POST /v1/instances/{id}/role."""
 
-    role: Literal["prefill", "decode"]
+    role: Literal["prefill", "decode", "unified"]
     timeout_s: float = Field(default=120.0, gt=0, le=MAX_SECONDS)
 
 

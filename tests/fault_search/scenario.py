@@ -43,8 +43,8 @@ FaultKind = Literal[
 ]
 _EVERYWHERE: tuple[FaultKind, ...] = ("kill_worker", "stop_worker", "kill_scheduler", "stop_scheduler", "kill_client")
 _OF_MODE: dict[str, tuple[FaultKind, ...]] = {
-    "unified": ("join", "leave", "remove"),
-    "disaggregated": ("bad_wire", "bad_wire", "set_role", "join", "leave", "remove"),
+    "unified": ("bad_wire", "set_role", "set_role", "join", "leave", "remove"),
+    "disaggregated": ("bad_wire", "bad_wire", "set_role", "set_role", "join", "leave", "remove"),
     "semi_pd": ("rotate", "rotate", "rotate_mixed", "kill_holder", "kill_worker", "kill_awaited"),
 }
 

@@ -31,6 +31,7 @@ _MAX_JOINERS = 3
 _REPEATABLE = AbortRequest, SubscribeReady, SetWorkers, SetRole, RemoveInstance, Join
 """Messages that mean the same if they come twice."""
 _ROLES = InstanceRole.PREFILL, InstanceRole.DECODE
+_PLAIN_ROLES = (*_ROLES, InstanceRole.UNIFIED)
 
 
 class FoundFault(AssertionError):
@@ -290,12 +291,11 @@ class World:
                 self.supervisor.kill_holder()
             case "set_role":
                 launcher = self.launchers[number % len(self.launchers)]
-                role = InstanceRole.DECODE if number % 2 else InstanceRole.PREFILL
+                role = _PLAIN_ROLES[number % len(_PLAIN_ROLES)]
                 message = SetRole(
                     query_id=number, instance_id=launcher.instance_id, role=role, deadline_s=max(1.0, fault.lasts_s)
                 )
                 self.from_client(b"operator", self.scheduler.number, message)
-
             case "join" if len(self._joiners) < _MAX_JOINERS:
                 roles = [self.launchers[0].role] if self.scenario.mode == "unified" else [*_ROLES]
                 self.launchers.append(Joiner(self, len(self._joiners), roles[number % len(roles)]))

@@ -307,7 +307,7 @@ async def test_instances_on_tcp_meet_the_new_scheduler_and_obey_no_other(tmp_pat
             await client.set_role("decode-1", InstanceRole.PREFILL)
             busy = asyncio.create_task(system.generate())
             await system.until(lambda: client.num_open > 5)
-            change = asyncio.create_task(client.set_role("decode-1", InstanceRole.DECODE))
+            change = asyncio.create_task(client.set_role("prefill-0", InstanceRole.DECODE))
             await asyncio.sleep(0)
             await system.kill()
             with pytest.raises(SchedulerRestartingError, match="unknown what has changed"):
