@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": _Command("hbserve.cli.plan", "find the system that serves a load with the fewest GPUs"),
     "profile": _Command("hbserve.profile.__main__", "measure a model's step times on this device"),
     "join": _Command("hbserve.join", "start an instance that joins a running system"),
+    "store": _Command("hbserve.cli.store", "run a store of KV blocks that hosts and systems share"),
     "config": _Command("hbserve.cli.config", "print a command's configuration, or check a file"),
     "models": _Command("hbserve.cli.models", "list the supported architectures"),
     "version": _Command("hbserve.cli.version", "print the versions of HBServe and its libraries"),

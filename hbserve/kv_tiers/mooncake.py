@@ -7,9 +7,6 @@ was read or looked up is safe for a while (its lease).
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
-import socket
 import subprocess
 import sys
 import threading
@@ -18,19 +15,14 @@ from typing import Any
 
 import torch
 
-from hbserve.config import StoreTierConfig
-from hbserve.errors import HBServeError, StartupError
+from hbserve.errors import HBServeError
 from hbserve.kv_tiers.base import BlockName, KVTier, KVTierContext
-from hbserve.kv_transfer.one_sided.mooncake import quiet_log
+from hbserve.kv_tiers.mooncake_library import MooncakeTierError, load_library, local_address
 
 _PROBE = "hbserve.kv_tiers.mooncake_probe"
 _NO_ROOM = -200
 _NOT_FOUND = -704
 _WRONG_SIZE = -600
-
-
-class MooncakeTierError(HBServeError):
-    """The Mooncake Store does not do what it should."""
 
 
 class MooncakeTier(KVTier):
@@ -111,40 +103,6 @@ class MooncakeTier(KVTier):
 
     def remove(self, names: Sequence[BlockName]) -> None:
         self._connected().batch_remove(_texts(names), True)  # although they are leased: they are wrong
-
-
-def load_library() -> Any:
-    """Import the library, with few lines in the log: failures are events of this system.
-
-    Raises:
-        StartupError: if it is missing.
-    """
-    os.environ.pop("MC_LOG_DIR", None)  # with it the library ends the process
-    try:
-        library = importlib.import_module("mooncake.store")
-    except ImportError as error:
-        raise StartupError(
-            f"kv_cache.store.backend mooncake: {error}; install mooncake-transfer-engine-cuda13 (with a GPU) or "
-            "mooncake-transfer-engine-non-cuda, and Debian's libibverbs1"
-        ) from None
-    quiet_log(library)
-    return library
-
-
-def local_address(config: StoreTierConfig) -> str:
-    """Return the address of this host from which the master is reached.
-
-    Raises:
-        MooncakeTierError: if its name is unknown here, or there is no way to it.
-    """
-    host, port = config.address
-    try:
-        [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # which sends nothing
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise MooncakeTierError(f"kv_cache.store.master: {host}: {error.strerror}") from None
 
 
 def _texts(names: Sequence[BlockName]) -> list[str]:

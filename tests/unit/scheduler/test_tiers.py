@@ -9,7 +9,7 @@ import msgspec
 
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.messages.client import AbortRequest, AddRequest, OutputBatch, RequestOutput
-from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierInfo, TierResult
+from hbserve.messages.tiers import FindBlocks, LoadBlocks, StoreBlocks, TierCommand, TierInfo, TierResult
 from hbserve.messages.worker import StepPlan, StepResult
 from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker, InboxEvent, Start
 from hbserve.scheduler.scheduler import CpuScheduler
@@ -25,14 +25,16 @@ PROMPT = [*range(1, 71)]  # four full blocks
 class System:
     """A unified instance with a pool of ``num_blocks``, whose worker does at once what it is told, except copies."""
 
-    def __init__(self, num_blocks: int = 8) -> None:
+    def __init__(self, num_blocks: int = 8, tier: TierInfo = TIER) -> None:
         config = PdDisaggConfig.from_arguments(str(DEMO), mode="unified", device="cpu").freeze()
         kv_cache = msgspec.structs.replace(config.kv_cache, timeout_s=TIMEOUT_S)
         performance = msgspec.structs.replace(config.performance, decode_headroom_tokens=0)
         config = msgspec.structs.replace(config, kv_cache=kv_cache, performance=performance)
         self.scheduler = CpuScheduler(config, {"unified-0": "tcp://worker:1"}, Start(now=50.0, time_ns=1000))
         self.now = 50.0
+        self.tier = tier
         self.copies: list[TierCommand] = []
+        self.lookups: list[FindBlocks] = []
         self.plans: list[StepPlan] = []
         self.outputs: list[RequestOutput] = []
         self.is_paused = False
@@ -46,7 +48,11 @@ class System:
         """The worker introduces itself, with new memory."""
         self.epoch += 1
         introduction = hello(
-            num_blocks=self._num_blocks, epoch=self.epoch, arena_epoch=self.epoch, block_bytes=1 << 20, tiers=[TIER]
+            num_blocks=self._num_blocks,
+            epoch=self.epoch,
+            arena_epoch=self.epoch,
+            block_bytes=1 << 20,
+            tiers=[self.tier],
         )
         self.step(FromWorker(1, introduction))
 
@@ -59,6 +65,7 @@ class System:
             outbox = self.scheduler.step(self.now, inbox)
             self.outputs += [o for _, b in outbox.to_clients if isinstance(b, OutputBatch) for o in b.outputs]
             self.copies += [c for _, c in outbox.to_workers if isinstance(c, StoreBlocks | LoadBlocks)]
+            self.lookups += [c for _, c in outbox.to_workers if isinstance(c, FindBlocks)]
             plans = [command for _, command in outbox.to_workers if isinstance(command, StepPlan)]
             self.plans += plans
             results = [FromWorker(1, result) for result in map(self._result, plans)]
@@ -133,7 +140,7 @@ class System:
     @property
     def stats(self) -> dict[str, Any]:
         """What `get_system_stats` says of the tier."""
-        tiers: dict[str, Any] = self.scheduler._stats.collect(False)["kv_tiers"]["host"]
+        tiers: dict[str, Any] = self.scheduler._stats.collect(False)["kv_tiers"][self.tier.name]
         return tiers
 
     @property

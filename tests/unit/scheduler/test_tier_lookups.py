@@ -1,0 +1,126 @@
+"""Lookups of new prompts in a store, in the scheduler's core: a test plays the worker. Blocks have 16 tokens."""
+
+from __future__ import annotations
+
+from hbserve.messages.client import AbortRequest
+from hbserve.messages.tiers import FindBlocks, FoundBlocks, TierInfo
+from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker
+from tests.unit.scheduler.test_tiers import PROMPT, TIMEOUT_S, System
+
+STORE = TierInfo(name="store", memory="s", num_slots=64, by_name=True)
+
+
+class StoreSystem(System):
+    def __init__(self, num_blocks: int = 8) -> None:
+        super().__init__(num_blocks, STORE)
+
+    def found(self, lookup: FindBlocks, number: int, error: str | None = None) -> None:
+        """The worker answers a lookup."""
+        self.lookups.remove(lookup)
+        self.step(
+            FromWorker(1, FoundBlocks(epoch=self.epoch, lookup_id=lookup.lookup_id, num_found=number, error=error))
+        )
+
+    def num_open(self) -> int:
+        return len(self.scheduler._requests._lookups)
+
+
+def test_what_a_lookup_finds_is_loaded_and_the_rest_is_computed() -> None:
+    system = StoreSystem()
+    system.ask(PROMPT)
+    [lookup] = system.lookups
+    assert (lookup.tier, len(lookup.keys)) == ("store", 4)
+    assert not system.plans
+    assert not system.copies
+    system.found(lookup, 3)
+    [load] = system.loads()
+    assert load.keys == lookup.keys[:3]
+    assert load.checksums == [[], [], []]  # the store has them
+    system.answer(load)
+    assert [*system.prompt_rows()] == [(48, 22)]
+    assert system.cached_tokens() == [48]
+    assert system.stats["saved_prompt_tokens"] == 48
+    [store] = system.copies
+    assert store.keys == lookup.keys[3:]  # what is there is not stored again
+
+
+def test_what_is_known_is_not_looked_up() -> None:
+    system = StoreSystem()
+    system.ask(PROMPT)
+    system.found(system.lookups[0], 0)
+    system.answer_all()
+    system.ask(PROMPT)  # the pool has it
+    system.ask([*PROMPT[:40], *range(300, 330)])  # of which the pool has two blocks
+    [lookup] = system.lookups
+    assert len(lookup.keys) == 2
+    system.found(lookup, 0)
+    system.answer_all()
+    system.ask([*range(400, 520)])  # evicts
+    system.found(system.lookups[0], 0)
+    system.answer_all()
+    system.ask(PROMPT)  # the directory has it
+    assert not system.lookups
+    assert len(system.loads()) == 1
+
+
+def test_a_request_waits_for_its_lookup_no_longer_than_the_deadline_and_the_store_rests() -> None:
+    system = StoreSystem()
+    system.ask(PROMPT)
+    system.step(seconds=0.9 * TIMEOUT_S)
+    assert not system.plans
+    system.step(seconds=0.2 * TIMEOUT_S)
+    assert [*system.prompt_rows()] == [(0, 70)]
+    assert system.num_open() == 0
+    assert system.stats["failures"] == {"lookup": 1}
+    assert system.scheduler._events.counts["tier_failed"] == 1
+    system.found(system.lookups[0], 4)  # too late
+    system.ask([*range(500, 600)])
+    assert not system.lookups
+    assert len(system.outputs) == 4
+    system.step(seconds=11.0)
+    system.ask([*range(600, 700)])
+    assert len(system.lookups) == 1
+
+
+def test_a_lookup_that_fails_lets_its_request_go_at_once() -> None:
+    system = StoreSystem(64)
+    system.ask(PROMPT)
+    system.ask([*range(300, 400)])
+    for lookup in list(system.lookups):
+        system.found(lookup, 0, "no such store")
+    assert len(system.outputs) == 4
+    assert system.scheduler._events.counts["tier_failed"] == 1  # once for both
+
+
+def test_a_lookup_delays_no_other_request_and_ends_with_its_own() -> None:
+    system = StoreSystem(64)
+    name = system.ask(PROMPT)
+    system.ask([1, 2, 3])  # has no full block
+    assert len(system.outputs) == 2
+    system.step(FromClient(b"c", AbortRequest(request_id=name)))
+    system.found(system.lookups[0], 4)
+    assert system.num_open() == 0
+    assert not system.loads()
+    system.ask(PROMPT)
+    assert len(system.loads()) == 1
+
+
+def test_the_loss_of_the_worker_ends_its_lookups() -> None:
+    system = StoreSystem()
+    system.ask(PROMPT)
+    system.step(ConnectionBroke(1))
+    assert system.num_open() == 0
+    system.begin()
+    assert [*system.prompt_rows()] == [(0, 70)]
+    assert "lookup" not in system.stats["failures"]
+
+
+def test_a_block_that_was_evicted_after_the_lookup_is_computed() -> None:
+    system = StoreSystem()
+    system.ask(PROMPT)
+    system.found(system.lookups[0], 4)
+    system.answer(system.loads()[0], {1: "missing"})
+    assert [*system.prompt_rows()] == [(16, 54)]
+    assert system.stats["failures"] == {"missing": 1}
+    [store] = system.copies
+    assert len(store.keys) == 1
