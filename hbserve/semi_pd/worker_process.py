@@ -19,12 +19,10 @@ from hbserve.messages.tiers import HostMemory
 from hbserve.platform import Partition
 from hbserve.process import child
 from hbserve.process.stopwatch import Stopwatch
-from hbserve.worker.rank_group import RankGroup
+from hbserve.worker.rank_group import EXIT_RANK_LOST, RankGroup
 from hbserve.worker.standby import stand_by
 
 logger = logging.getLogger(__name__)
-
-_EXIT_RANK_LOST = 72
 
 
 class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,8 +41,8 @@ class WakeUp(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     partition: Partition
     attachments: list[dict[str, Any]]
-    host: HostMemory | None = None
-    is_awaited: bool = False
+    host: HostMemory | None
+    is_awaited: bool
 
 
 def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch) -> int:
@@ -58,15 +56,8 @@ def _work(config: Config, order: WakeUp, ranks: RankGroup, stopwatch: Stopwatch)
         kv_transfer=KVTransferConfig(),  # this worker sends and receives no KV
         model=msgspec.structs.replace(config.model, device=attachments[0].device),
     )
-    shared = SharedDevice(
-        attachments=attachments,
-        partition=order.partition,
-        ranks=ranks,
-        host=order.host,
-        stopwatch=stopwatch,
-        is_awaited=order.is_awaited,
-    )
-    return run_worker(config, order.instance, order.address, shared)
+    shared = SharedDevice(attachments=attachments, partition=order.partition, is_awaited=order.is_awaited)
+    return run_worker(config, order.instance, order.address, shared, order.host, ranks, stopwatch)
 
 
 def main() -> None:
@@ -79,7 +70,7 @@ def main() -> None:
     child.configure_logging(config.logging, name)
     # The other ranks become standbys at the same time. A standby that has lost one is useless.
     how = msgspec.convert(orders["standby"], Standby)
-    ranks = RankGroup(orders["num_ranks"], name, how, lambda why: os._exit(_EXIT_RANK_LOST))
+    ranks = RankGroup(orders["num_ranks"], name, how, lambda why: os._exit(EXIT_RANK_LOST))
     order = stand_by(how)
     stopwatch = Stopwatch()
     code = 1

@@ -51,6 +51,7 @@ _CONTROLLER_PROMPT_TOKENS = 2000
 """The controller has one TTFT target: that of a prompt of this length."""
 _CONFIGURATION = "the configuration"
 Predict = Callable[[PredictionOrders], list[CandidatePrediction]]
+OnPlaces = Callable[[int, int], None]
 
 
 class Targets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -97,12 +98,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     runner_up: str | None = None
 
 
-def choose(config: Config, predict: Predict | None = None) -> tuple[Config, Plan]:
+def choose(
+    config: Config, predict: Predict | None = None, on_places: OnPlaces = lambda num_instances, num_ranks: None
+) -> tuple[Config, Plan]:
     """Replace mode ``auto`` by a mode and its instances, and set the default targets.
 
     Args:
         config: of any mode; its model is a folder.
         predict: returns the predictions; default: a child process makes them.
+        on_places: called before predictions, which take seconds, with the likely number of instances and their ranks.
 
     Raises:
         ConfigError: mode is ``auto``, and the GPUs cannot hold the model.
@@ -129,6 +133,7 @@ def choose(config: Config, predict: Predict | None = None) -> tuple[Config, Plan
     places = _places(config)
     candidates = _candidates(len(places), targets)
     orders = _orders(config, found, targets, candidates)
+    on_places(len(places), config.model.tensor_parallel_size)
     predictions = (predict or PredictionProcess())(orders)
     # Learnt times are of the whole GPU alone, and say nothing of two phases side by side.
     is_enough = found.is_measured and (len(places) > 1 or bool(found.profile.pairs))
@@ -243,10 +248,15 @@ def _orders(config: Config, found: FoundProfile, targets: Targets, candidates: l
 
 
 class PredictionProcess:
-    """A child process that simulates the candidates. `stop` may be called in any thread."""
+    """A child process that simulates the candidates.
+
+    Attributes:
+        is_stopped: `stop` has been called, in any thread.
+    """
 
     def __init__(self) -> None:
         self._reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.is_stopped = False
 
     def __call__(self, orders: PredictionOrders) -> list[CandidatePrediction]:
         """Return the predictions; none if the process fails, takes too long or is stopped."""
@@ -270,6 +280,7 @@ class PredictionProcess:
 
     def stop(self) -> None:
         """End the process, and the wait for it."""
+        self.is_stopped = True
         self._reports.put({"stopped": True})
 
 

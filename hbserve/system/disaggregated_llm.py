@@ -92,13 +92,12 @@ class DisaggregatedLLM:
         self._given_up = None
         self.config = await asyncio.to_thread(with_model_folder, self.config)
         if self.plan is None:
-            prediction = PredictionProcess()
+            self._launcher.config = self.config
             try:
-                self.config, plan = await asyncio.to_thread(choose, self.config, prediction)
-            finally:
-                prediction.stop()  # a start that is given up does not wait for it
-            self.plan, self._launcher.profile_path = plan, plan.profile_path
-            self._launcher.learnt_profile = self._launcher.learnt_profile or plan.learnt_profile
+                await self._make_plan()
+            except BaseException:
+                await self.stop()
+                raise
         self._launcher.config = self.config
         deadline = time.monotonic() + self.config.rpc.start_timeout_s
         folder = Path(self.config.model.path)
@@ -141,6 +140,20 @@ class DisaggregatedLLM:
             await asyncio.gather(*loading, return_exceptions=True)
             await self.stop()
             raise
+
+    async def _make_plan(self) -> None:
+        prediction = PredictionProcess()
+
+        def on_places(num_instances: int, num_ranks: int) -> None:
+            if not prediction.is_stopped:
+                self._launcher.stand_by(num_instances, num_ranks)
+
+        try:
+            self.config, plan = await asyncio.to_thread(choose, self.config, prediction, on_places)
+        finally:
+            prediction.stop()  # a start that is given up does not wait for it
+        self.plan, self._launcher.profile_path = plan, plan.profile_path
+        self._launcher.learnt_profile = self._launcher.learnt_profile or plan.learnt_profile
 
     async def stop(self) -> None:
         """Abort the open requests and end all processes. May be called twice."""

@@ -5,6 +5,7 @@ system, with the names that process lists show, in the order of their start:
 
     hbserve-api                         API server; with the Python API the user's program is in its place
     hbserve-auto-plan                   predictions for mode auto, on GPUs; ends before the others start
+    hbserve-standby                     beside it: the later rank 0 of an instance, which imports already
     hbserve-scheduler                   CPU scheduler
     hbserve-<instance>-TP0              rank 0 of each instance that has one worker
         hbserve-<instance>-TP1, ...     its other ranks, which rank 0 starts and ends
@@ -44,6 +45,7 @@ from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.config.validation import default_instances
 from hbserve.errors import StartupError
 from hbserve.kv_cache.host_memory import HostMemoryOwner
+from hbserve.messages.rank import Standby
 from hbserve.messages.supervisor import Predecessor
 from hbserve.messages.tiers import HostMemory
 from hbserve.platform import mps
@@ -59,6 +61,7 @@ from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 logger = logging.getLogger(__name__)
 
 _BUDGET = "rpc.max_restarts"
+_WORKER_MODULE = "hbserve.worker.process"
 
 _FAULTS = frozenset(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT))
 """Exit codes of a process that the kernel has ended for what it did; other signals come from outside."""
@@ -124,8 +127,29 @@ class Launcher:
         self._run_dir: str | None = None
         self._host_memory: dict[int, HostMemoryOwner] = {}
         self._children: list[ChildProcess] = []  # the scheduler first
+        self._standbys: list[ChildProcess] = []
         self._supervisors: dict[str, _SupervisorThread] = {}
         self._watchers: list[asyncio.Task[None]] = []
+
+    def stand_by(self, num_instances: int, num_ranks: int) -> None:
+        """Start processes that import what workers need, while the plan is made; `start` makes instances of them.
+
+        Those that no instance needs are ended by `start`, or by `stop`. Callable from any thread.
+
+        Args:
+            num_ranks: ranks of each instance.
+        """
+        if not self._with_instances:
+            return
+        how = Standby(model=self.config.model.path, on_gpu=True, yields=False)
+        orders = {"standby": msgspec.to_builtins(how), "num_ranks": num_ranks}
+        self._standbys = [ChildProcess("a standby", _WORKER_MODULE, dict(orders)) for _ in range(num_instances)]
+        for standby in self._standbys:
+            standby.start()
+
+    def _end_standbys(self) -> None:
+        while self._standbys:
+            self._standbys.pop().kill()  # it has not touched a device
 
     async def start(self) -> str:
         """Start all processes, and return the scheduler's address for clients; `wait_ready` waits for the processes.
@@ -165,7 +189,10 @@ class Launcher:
             for instance in shared
         }
         for child in self._children:
-            child.start()
+            # Orders wake a standby; one that has died is started anew.
+            if not (child.is_alive() and child.send(child.orders)):
+                child.start()
+        self._end_standbys()
         for name, manager in managers.items():
             self._supervisors[name] = _SupervisorThread(manager, self._deadline)
         return client_address
@@ -227,8 +254,18 @@ class Launcher:
             for name, address in addresses.items():
                 host = msgspec.to_builtins(self._host_memory_of(self.config.instance(name)))
                 orders = {"config": config, "instance_id": name, "address": address, "host": host}
-                children.append(ChildProcess(name, "hbserve.worker.process", orders))
+                children.append(self._new_worker(name, orders))
         return children
+
+    def _new_worker(self, name: str, orders: dict[str, Any]) -> ChildProcess:
+        """Describe an instance's process; take a standby with as many ranks if there is one."""
+        num_ranks = self.config.instance(name).num_ranks
+        found = next((standby for standby in self._standbys if standby.orders["num_ranks"] == num_ranks), None)
+        if found is None:
+            return ChildProcess(name, _WORKER_MODULE, orders)
+        self._standbys.remove(found)
+        found.name, found.orders = name, orders
+        return found
 
     @property
     def scheduler(self) -> ChildProcess:
@@ -341,6 +378,7 @@ class Launcher:
         self._supervisors.clear()
         await asyncio.gather(*(child.stop() for child in self._children[1:]))
         self._children.clear()
+        self._end_standbys()
         for owner in self._host_memory.values():
             owner.close()
         self._host_memory.clear()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hbserve.engine.arenas import ArenaAttachment
     from hbserve.platform import Partition
 
+EXIT_RANK_LOST = 72
 _EXIT_TIMEOUT_S = 10.0
 END_OF_PLANS = b""
 """On the line of plans: the rank finishes the plans before this one, and exits."""

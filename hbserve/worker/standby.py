@@ -19,6 +19,7 @@ from hbserve.errors import HBServeError
 from hbserve.messages.rank import Standby
 from hbserve.platform import Partition, mps
 from hbserve.process import child
+from hbserve.process.stopwatch import Stopwatch
 from hbserve.tokenizer_files import leave_out_torch
 
 logger = logging.getLogger(__name__)
@@ -26,21 +27,28 @@ logger = logging.getLogger(__name__)
 _NICENESS = 5
 
 
-def stand_by(how: Standby) -> dict[str, Any]:
+def stand_by(how: Standby, stopwatch: Stopwatch | None = None) -> dict[str, Any]:
     """Import everything, wait for the second line of orders, and return it.
 
-    Its ``partition`` is None or has the fields of a `hbserve.platform.Partition`. The partition's priority is set here.
+    Its ``partition``, if there is one, has the fields of a `hbserve.platform.Partition`. Its priority is set here.
+
+    Args:
+        stopwatch: measures the parts ``imports`` and ``orders``, the wait for them.
     """
     started = time.monotonic()
     with ThreadPoolExecutor(1, "imports") as importer:
         importer.submit(_import_everything, how).result()
     child.report_status({"on_standby": True, "seconds": time.monotonic() - started}, is_last=False)
+    if stopwatch is not None:
+        stopwatch.lap("imports")
     wake_up = child.next_order()
     if wake_up is None:
         child.exit_now(0)
+    if stopwatch is not None:
+        stopwatch.lap("orders")
     from hbserve.platform import set_priority  # imports torch; the API server imports this module and needs none
 
-    if wake_up["partition"] is not None:
+    if wake_up.get("partition") is not None:
         priority = Partition(**wake_up["partition"]).priority
         if priority and mps.is_driver_initialised():
             logger.warning("an import has initialised the CUDA driver already, so this worker has normal priority")
@@ -62,19 +70,17 @@ def _import_everything(how: Standby) -> None:
     import hbserve.engine.process_group
     import hbserve.kv_transfer.two_sided.torch_transfers
     import hbserve.models.loader
-    import hbserve.worker.process
+    import hbserve.worker.worker_process
     from hbserve.model_spec import ModelSpec
 
     if how.model is not None:
         with contextlib.suppress(HBServeError):  # the process that wakes this one gets this error
             ModelSpec.load(how.model)  # transformers imports the modules of this model
     if how.on_gpu:
-        import flashinfer
-        import triton
-
-        import hbserve.attention.paged_decode
-        import hbserve.engine.decode_graphs
-        import hbserve.engine.prefill_graphs
-        import hbserve.layers.fused  # noqa: F401
-
-        logger.debug("on standby with FlashInfer %s and Triton %s", flashinfer.__version__, triton.__version__)
+        with contextlib.suppress(ImportError):  # optional; the attention backend says what is missing
+            import flashinfer  # noqa: F401
+        with contextlib.suppress(ImportError):
+            import hbserve.attention.paged_decode
+            import hbserve.engine.decode_graphs
+            import hbserve.engine.prefill_graphs
+            import hbserve.layers.fused  # noqa: F401

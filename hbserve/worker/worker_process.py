@@ -18,8 +18,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,7 +28,6 @@ from hbserve.errors import HBServeError
 from hbserve.kv_cache.host_memory import HostMemoryOwner
 from hbserve.kv_tiers.joint_results import JointTierResults
 from hbserve.kv_transfer.joint_results import JointResults
-from hbserve.messages.rank import Standby
 from hbserve.messages.supervisor import EventKind, ReportEvent
 from hbserve.messages.tiers import FindBlocks, FoundBlocks, HostMemory, LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import CancelTransfer, LinkOpened, Peer, TransferReply
@@ -48,13 +46,13 @@ from hbserve.messages.worker import (
 )
 from hbserve.process import child, event_loop
 from hbserve.process.events import log_event
-from hbserve.process.stopwatch import Stopwatch, process_start
+from hbserve.process.stopwatch import Stopwatch
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcServer, bind_address
 from hbserve.worker import events
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.loaded_rank import loaded_rank
-from hbserve.worker.rank_group import RankGroup
+from hbserve.worker.rank_group import EXIT_RANK_LOST, RankGroup
 from hbserve.worker.step_pipeline import StepPipeline, UnfinishedSteps
 
 if TYPE_CHECKING:
@@ -65,7 +63,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_STEP_FAILED = 70
 EXIT_STEP_HUNG = 71
-EXIT_RANK_LOST = 72
 EXIT_REFUSED = 1
 
 _SCHEDULER_CHECK_INTERVAL_S = 0.25
@@ -82,18 +79,12 @@ class SharedDevice:
     Attributes:
         attachments: to arenas that other processes hold, one per rank.
         partition: the worker's share of the device.
-        ranks: its other ranks, on standby.
-        host: memory of the host for KV blocks.
-        stopwatch: running since the worker was woken.
         is_awaited: the start of a system waits for the worker; else others serve until it has captured all graphs.
     """
 
     attachments: list[ArenaAttachment]
     partition: Partition
-    ranks: RankGroup
-    host: HostMemory | None = None
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    is_awaited: bool = False
+    is_awaited: bool
 
 
 class WorkerProcess:
@@ -103,7 +94,9 @@ class WorkerProcess:
         config: of the system.
         instance: which of its instances this is.
         address: where to listen for the scheduler.
-        shared: None: the worker makes its own arenas, has its device for itself, and starts its other ranks.
+        ranks: its other ranks, on standby.
+        stopwatch: measures the parts of the start.
+        shared: None: the worker makes its own arenas, and has its device for itself.
         host: memory of the host for KV blocks that another process owns; None: the worker makes its own, if
             ``kv_cache.host_bytes`` says so.
         join_client: of a worker that has joined the system; None: the system's configuration has the worker.
@@ -117,6 +110,8 @@ class WorkerProcess:
         config: Config,
         instance: InstanceConfig,
         address: str,
+        ranks: RankGroup,
+        stopwatch: Stopwatch,
         shared: SharedDevice | None = None,
         join_client: JoinClient | None = None,
         host: HostMemory | None = None,
@@ -128,8 +123,8 @@ class WorkerProcess:
         self._host = host
         self._own_host: HostMemoryOwner | None = None
         self._wants_to_leave = self._is_serving = False
-        self._kill_ranks: Callable[[], None] = lambda: None
-        self._shared = shared
+        self._ranks, self._kill_ranks = ranks, ranks.kill
+        self._stopwatch, self._shared = stopwatch, shared
         self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config), instance.instance_id)
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, float] | None] = queue.SimpleQueue()
@@ -148,20 +143,15 @@ class WorkerProcess:
             HBServeError: if the model cannot be served as configured.
         """
         started = time.monotonic()
-        if self._shared is None:
-            stopwatch, attachments, partition = Stopwatch(process_start()), None, None
-            stopwatch.lap("orders")
-            how = Standby(model=self.config.model.path, on_gpu=False, yields=False)
-            ranks = RankGroup(self.instance.num_ranks, self.instance.instance_id, how, self._on_rank_lost)
-            if self._host is None and self.config.kv_cache.host_bytes:
-                self._own_host = HostMemoryOwner(self.config.kv_cache.host_bytes)
-                self._own_host.reserve()
-                self._host = self._own_host.memory
-        else:
-            stopwatch, attachments, partition = self._shared.stopwatch, self._shared.attachments, self._shared.partition
-            ranks, self._host = self._shared.ranks, self._shared.host
-            ranks.on_lost = self._on_rank_lost
-        self._ranks, self._kill_ranks = ranks, ranks.kill
+        ranks, stopwatch = self._ranks, self._stopwatch
+        ranks.on_lost = self._on_rank_lost
+        attachments, partition = None, None
+        if self._shared is not None:
+            attachments, partition = self._shared.attachments, self._shared.partition
+        elif self._host is None and self.config.kv_cache.host_bytes:
+            self._own_host = HostMemoryOwner(self.config.kv_cache.host_bytes)
+            self._own_host.reserve()
+            self._host = self._own_host.memory
         defers_graphs = self._shared is None or self._shared.is_awaited
         ranks.wake(self.config, self.instance, attachments, partition, self._host, defers_graphs)
         stopwatch.lap("wake")

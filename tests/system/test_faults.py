@@ -37,7 +37,8 @@ def references(model: tuple[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 
 @asynccontextmanager
-async def system(model_path: str, **settings: Any) -> AsyncIterator[DisaggregatedLLM]:
+async def system(model_path: str, standbys: int = 0, **settings: Any) -> AsyncIterator[DisaggregatedLLM]:
+    """Start a system; with ``standbys``, two of them become its instances, and the others end."""
     arguments: dict[str, Any] = {
         "device": "cpu",
         "dtype": "float32",
@@ -49,7 +50,14 @@ async def system(model_path: str, **settings: Any) -> AsyncIterator[Disaggregate
         "heartbeat_timeout_s": 5.0,
         "host_bytes": 64 << 20,
     }
-    async with DisaggregatedLLM(PdDisaggConfig.from_arguments(model_path, **(arguments | settings))) as llm:
+    llm = DisaggregatedLLM(PdDisaggConfig.from_arguments(model_path, **(arguments | settings)))
+    llm.launcher.stand_by(standbys, num_ranks=1)
+    waiting = list(llm.launcher._standbys)
+    async with llm:
+        if standbys:
+            used = {pid_of(llm, name) for name in ("prefill-0", "decode-0")}
+            assert used == {process.pid for process in waiting[:2]}
+            assert all([await asyncio.to_thread(process.wait_exit, DEADLINE_S) for process in waiting[2:]])
         yield llm
 
 
@@ -68,7 +76,8 @@ async def wait_for(what: Any, deadline_s: float = DEADLINE_S) -> None:
 async def test_instances_that_die_under_load_cost_no_request(
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]], number: signal.Signals
 ) -> None:
-    async with system(model[0], scheduler="tests.support.dawdler:Dawdler") as llm:
+    standbys = 3 if number is signal.SIGKILL else 0
+    async with system(model[0], standbys, scheduler="tests.support.dawdler:Dawdler") as llm:
         prompts = [prompt for prompt, _ in references]
         for victim in ("prefill-0", "decode-0"):
             steps = llm.get_system_stats()["gpu_instances"][victim]["steps"]
