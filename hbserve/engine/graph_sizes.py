@@ -55,9 +55,13 @@ class GraphSizes:
         self.missing.remove(size)
         self._misses.pop(size, None)
 
+    def best(self, count: int) -> int:
+        """Return the size that suits a step of ``count`` rows or tokens, at most `max`; it may be missing."""
+        return self._sizes[bisect_left(self._sizes, count)]
+
     def choose(self, count: int) -> int:
-        """Return the captured size for a step of ``count`` rows or tokens, at most `max`, and note what it misses."""
-        best = self._sizes[bisect_left(self._sizes, count)]
+        """Return the captured size for a step of ``count`` rows or tokens, and note what it misses."""
+        best = self.best(count)
         size = self._captured[bisect_left(self._captured, count)]
         if size != best:
             self._misses[best] += 1

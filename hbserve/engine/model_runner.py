@@ -206,9 +206,11 @@ class ModelRunner:
 
         Args:
             before: a plan that waits for it. Only sizes that many steps have missed are worth that, and no sequence
-                waits twice. None: no step is under way.
+                waits twice. A probe waits for the graphs of its own size. None: no step is under way.
         """
         sizes_of = self._graph_sizes()
+        if before is not None and before.is_probe:
+            return self._graph_for(before.rows)
         wanted = [(phase, *found) for phase, sizes in sizes_of.items() if (found := sizes.next()) is not None]
         if not wanted:
             return None
@@ -216,6 +218,18 @@ class ModelRunner:
         if before is not None and not self._delays.allows(misses, (row.slot for row in before.rows)):
             return None
         return CaptureGraph(phase=phase, size=size)
+
+    def _graph_for(self, rows: list[PlanRow]) -> CaptureGraph | None:
+        """Return the size of step that suits a plan, if its graphs are missing."""
+        num_tokens = sum(row.num_tokens for row in rows)
+        if self._graphs is not None and self._graphs.fits(rows):
+            phase, sizes, count = InstanceRole.DECODE, self._graphs.sizes, sum(row.num_samples for row in rows)
+        elif self._prefill_graphs is not None and self._prefill_graphs.fits(num_tokens):
+            phase, sizes, count = InstanceRole.PREFILL, self._prefill_graphs.sizes, num_tokens
+        else:
+            return None
+        size = sizes.best(count)
+        return CaptureGraph(phase=phase, size=size) if size in sizes.missing else None
 
     @torch.inference_mode()
     def capture(self, graph: CaptureGraph, delays: bool = False) -> None:

@@ -99,6 +99,7 @@ class StepPlan(Message, frozen=True):
         role: before the step, get ready for the work of an instance of this role.
         cell: the board's cell to mark when the step is done; None: no worker looks at it.
         after: another worker's step that must be done before this one begins.
+        is_probe: it belongs to no request; only its duration is of interest.
     """
 
     epoch: int
@@ -109,6 +110,7 @@ class StepPlan(Message, frozen=True):
     role: InstanceRole | None = None
     cell: int | None = None
     after: StepRef | None = None
+    is_probe: bool = False
 
 
 class StepLost(Message, frozen=True):

@@ -284,6 +284,7 @@ class StepPlanner:
                 role=role if role is not worker.prepared_for else None,
                 cell=worker.cell,
                 after=after,
+                is_probe=inflight.is_probe,
             )
         )
         if role is not worker.prepared_for:

@@ -68,6 +68,7 @@ EXIT_REFUSED = 1
 _SCHEDULER_CHECK_INTERVAL_S = 0.25
 _IDLE_S = 0.5
 """Time without work after which a worker captures graphs: the first requests after its start do not wait for them."""
+_MIN_WAIT_S = 0.01
 _MAX_LAST_WAIT_S = 5.0
 """How long an ending worker waits for another worker's step: that worker and the scheduler may have been killed."""
 
@@ -201,8 +202,11 @@ class WorkerProcess:
         return self._exit_code
 
     def _launch_steps(self, pipeline: StepPipeline) -> None:
+        self._worked_at = time.monotonic()
         while (item := self._next_item(pipeline)) is not None:
             plan, came_at = item
+            if not plan.is_probe:
+                self._worked_at = time.monotonic()
             if plan.epoch != self._epoch:  # made for a scheduler that is gone, or before the scheduler lost this worker
                 self._events.post(events.StepDropped(plan))
                 continue
@@ -226,7 +230,7 @@ class WorkerProcess:
         """
         while self._runner.next_graph() is not None:
             with contextlib.suppress(queue.Empty):
-                return self._plans.get(timeout=_IDLE_S)
+                return self._plans.get(timeout=max(_MIN_WAIT_S, self._worked_at + _IDLE_S - time.monotonic()))
             while self._plans.empty() and pipeline.is_idle and not self._transfers.is_busy:
                 if (graph := self._runner.next_graph()) is None:
                     break

@@ -38,6 +38,7 @@ def test_a_step_takes_the_next_larger_captured_size() -> None:
     graphs = captured(256, 64, 8, 1)
     assert graphs.min_captured == 1
     assert [graphs.choose(count) for count in (1, 2, 8, 9, 64, 65, 256)] == [1, 8, 8, 64, 64, 256, 256]
+    assert graphs.best(17) == 24
     graphs.add(24)
     assert [graphs.choose(count) for count in (8, 9, 17, 24, 25)] == [8, 24, 24, 24, 64]
 
