@@ -28,6 +28,8 @@ from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.bench.arguments import add_engine_arguments, engine_arguments, find_model, make_config, positive
 
 _TAIL_TOKENS = 24
+_INTERVAL_S = 0.2
+"""Time between requests beside streams."""
 _BLOCK_SIZE = 16
 
 
@@ -254,10 +256,10 @@ class _Probe:
                     part = name
                     number = 0
                     while time.monotonic() < before + seconds / 2:
-                        number += 1
+                        number += 1  # at the same rate in both parts: a request itself takes steps from the streams
                         prompt = prompts[0] if name == "cached" else prompts[number % len(prompts)]
                         await self.request(prompt)
-                        await asyncio.sleep(0.1)
+                        await asyncio.sleep(max(0.0, before + number * _INTERVAL_S - time.monotonic()))
                     counts[name] += number
                 part = ""
         finally:
@@ -272,7 +274,8 @@ class _Probe:
         for name, ms in p99.items():
             print(
                 f"ITL of {num_streams} streams, {name:>7}: p50 {p50[name]:.2f} ms, p99 {ms:.2f} ms, "
-                f"{ms / p99['alone']:.2f} of alone, {counts.get(name, 0)} requests of {length} tokens",
+                f"{ms / p99['alone']:.2f} of alone, {ms / p99.get('cached', ms):.2f} of cached, "
+                f"{counts.get(name, 0)} requests of {length} tokens",
                 flush=True,
             )
         return {f"{name}_p99_ms": ms for name, ms in p99.items()} | {f"{name}_p50_ms": ms for name, ms in p50.items()}

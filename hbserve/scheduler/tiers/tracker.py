@@ -284,7 +284,7 @@ class KVTiers:
             s_per_byte = tier.s_per_byte or (stats.store_s / stats.stored_bytes if stats.stored_bytes else 0.0)
             return s_per_byte * (tier.loading_bytes + num_blocks * block_bytes)
 
-        is_idle = not instance.allocations
+        is_idle = not instance.num_sequences
         chosen = choose_load(runs, instance.pool.block_size, self._compute_s, load_s, is_idle)
         for tier in {run.tier for run in runs} - {run.tier for run in chosen}:
             tier.s_per_byte *= _FORGET

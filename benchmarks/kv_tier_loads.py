@@ -1,0 +1,219 @@
+"""``python -m benchmarks kv_tier_loads``: loads on a small KV pool, without a host tier and with one.
+
+turns     sessions whose prompts together are several times as large as the pool. In each turn every session asks
+          once, with all that was said before. In the first turn everything is new: what does storing cost? Then:
+          how much of each prompt is cached, beside a cache that forgets nothing, and at which rate turns end.
+random    new, repeated, growing, best-effort and aborted requests at random, with the tier alone. Every request must
+          have all its tokens, no copy may fail, and all blocks must come back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from hbserve import DisaggregatedLLM, SamplingParams
+from hbserve.bench.arguments import (
+    add_engine_arguments,
+    check_new_file,
+    engine_arguments,
+    find_model,
+    make_config,
+    positive,
+    positive_float,
+)
+from hbserve.errors import HBServeError
+
+_BLOCK_SIZE = 16
+_TURN_TOKENS = 128
+_IDLE_DEADLINE_S = 30.0
+_MIN_RANDOM_TOKENS = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("load", choices=["turns", "random"])
+    parser.add_argument("--model", default="qwen3-8b", help="a folder, or a shape under configs/models")
+    parser.add_argument("--pool-tokens", type=positive, default=40_000, help="that the KV pool holds (default: 40000)")
+    parser.add_argument("--host-bytes", type=positive, default=40 << 30, help="of the tier (default: 40 GiB)")
+    parser.add_argument("--prompt-len", type=positive, default=8192, help="of a first turn, or the longest (random)")
+    parser.add_argument("--working-set", type=positive_float, default=5.0, help="turns: multiple of the pool")
+    parser.add_argument("--turns", type=positive, default=3)
+    parser.add_argument("--output-len", type=positive, default=32)
+    parser.add_argument("--concurrency", type=positive, default=8, help="open requests (default: 8)")
+    parser.add_argument("--seconds", type=positive_float, default=60.0, help="random: requests come (default: 60)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    add_engine_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, and write the JSON file."""
+    check_new_file("--json", arguments.json)
+    found: dict[str, Any] = {}
+    for name in ("none", "host") if arguments.load == "turns" else ("host",):
+        found[name] = asyncio.run(_measure(arguments, name == "host"))
+    if arguments.load == "turns":
+        for turn, (before, after) in enumerate(zip(found["none"]["turns"], found["host"]["turns"], strict=True), 1):
+            print(f"turn {turn}: throughput with the tier is {before['seconds'] / after['seconds']:.2f} times")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+async def _measure(arguments: argparse.Namespace, with_tier: bool) -> dict[str, Any]:
+    model = find_model(arguments.model)
+    longest = arguments.prompt_len + arguments.turns * (_TURN_TOKENS + arguments.output_len) + _BLOCK_SIZE
+    defaults = {
+        "num_blocks": -(-arguments.pool_tokens // _BLOCK_SIZE),
+        "block_size": _BLOCK_SIZE,
+        "max_model_len": longest,
+        "host_bytes": arguments.host_bytes if with_tier else 0,
+    }
+    config = make_config(model, defaults | engine_arguments(arguments, model))
+    async with DisaggregatedLLM(config) as llm:
+        load = _Load(llm, arguments)
+        await load.ask(load.prompt(min(512, arguments.prompt_len)), 2)
+        print(f"{'host tier' if with_tier else 'no tier'}:", flush=True)
+        result = await (load.turns() if arguments.load == "turns" else load.random())
+        stats = await load.idle()
+    return result | {"tier": stats["kv_tiers"].get("host"), "preemptions": stats["cpu_scheduler"]["preemptions"]}
+
+
+@dataclass
+class _Session:
+    """Tokens that were said; ``num_cacheable``: of them, what a cache that forgets nothing has of the next prompt."""
+
+    tokens: list[int]
+    num_cacheable: int = 0
+    cached: list[int] = field(default_factory=list)
+
+
+class _Load:
+    def __init__(self, llm: DisaggregatedLLM, arguments: argparse.Namespace) -> None:
+        self._llm, self._arguments = llm, arguments
+        self._random = np.random.default_rng(arguments.seed)
+
+    def prompt(self, length: int) -> list[int]:
+        tokens: list[int] = self._random.integers(1, self._llm.engine.vocab_size, size=length).tolist()
+        return tokens
+
+    async def ask(
+        self, prompt: list[int], num_tokens: int, priority: Literal["batch"] | None = None, abort_at: int = -1
+    ) -> tuple[list[int], int, float]:
+        """Return a request's tokens, its cached prompt tokens and its TTFT in seconds."""
+        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, priority=priority)
+        began, ttft_s, cached = time.monotonic(), 0.0, 0
+        tokens: list[int] = []
+        async with aclosing(self._llm.stream(prompt, sampling)) as deltas:
+            async for delta in deltas:
+                if not tokens and delta.token_ids:
+                    ttft_s, cached = time.monotonic() - began, delta.num_cached_tokens
+                tokens += delta.token_ids
+                if len(tokens) == abort_at:
+                    return tokens, cached, ttft_s
+        if len(tokens) != num_tokens:
+            raise HBServeError(f"a request has {len(tokens)} of {num_tokens} tokens")
+        return tokens, cached, ttft_s
+
+    async def idle(self) -> dict[str, Any]:
+        """Wait until nothing is stored any more; return the statistics.
+
+        Raises:
+            HBServeError: blocks do not come back, or copies have failed.
+        """
+        deadline = time.monotonic() + _IDLE_DEADLINE_S
+        while True:
+            stats = await self._llm.client.stats()
+            blocks = [instance["kv_blocks"] for instance in stats["gpu_instances"].values()]
+            if all(block["free"] == block["total"] for block in blocks):
+                break
+            if time.monotonic() > deadline:
+                raise HBServeError(f"blocks do not come back: {blocks}")
+            await asyncio.sleep(0.05)
+        failures = {name: tier["failures"] for name, tier in stats["kv_tiers"].items() if tier["failures"]}
+        if failures:
+            raise HBServeError(f"copies have failed: {failures}")
+        return stats
+
+    # --- sessions --------------------------------------------------------------------------------
+
+    async def turns(self) -> dict[str, Any]:
+        arguments = self._arguments
+        count = max(1, round(arguments.working_set * arguments.pool_tokens / arguments.prompt_len))
+        sessions = [_Session(self.prompt(arguments.prompt_len)) for _ in range(count)]
+        return {"sessions": count, "turns": [await self._turn(sessions, turn) for turn in range(arguments.turns)]}
+
+    async def _turn(self, sessions: list[_Session], turn: int) -> dict[str, float]:
+        gate = asyncio.Semaphore(self._arguments.concurrency)
+        num_cached, ttfts = 0, []
+        num_cacheable = sum(session.num_cacheable for session in sessions)
+        num_prompt = sum(len(session.tokens) for session in sessions)
+
+        async def ask(session: _Session) -> None:
+            nonlocal num_cached
+            async with gate:
+                answer, cached, ttft_s = await self.ask(session.tokens, self._arguments.output_len)
+            num_cached += cached
+            ttfts.append(1000 * ttft_s)
+            said = session.tokens + answer
+            session.num_cacheable = (len(said) - 1) // _BLOCK_SIZE * _BLOCK_SIZE  # the last token has no KV
+            session.tokens = said + self.prompt(_TURN_TOKENS)
+
+        began = time.monotonic()
+        await asyncio.gather(*map(ask, sessions))
+        seconds = time.monotonic() - began
+        hits = num_cached / num_cacheable if num_cacheable else 0.0
+        ttft_p50, ttft_p99 = np.percentile(ttfts, [50, 99])
+        print(
+            f"  turn {turn + 1}: {len(sessions)} requests in {seconds:.2f} s, {len(sessions) / seconds:.2f} a second; "
+            f"TTFT p50 {ttft_p50:.0f}, p99 {ttft_p99:.0f} ms; {num_cached / num_prompt:.1%} of the prompts cached, "
+            f"{hits:.1%} of an endless cache's",
+            flush=True,
+        )
+        return {"seconds": seconds, "share_of_endless": hits, "ttft_p50_ms": ttft_p50, "ttft_p99_ms": ttft_p99}
+
+    # --- random ----------------------------------------------------------------------------------
+
+    async def random(self) -> dict[str, Any]:
+        arguments, counts = self._arguments, dict.fromkeys(("new", "repeated", "growing", "batch", "aborted"), 0)
+        known: list[list[int]] = []
+        end = time.monotonic() + arguments.seconds
+
+        async def client(number: int) -> None:
+            draw = np.random.default_rng([arguments.seed, number])
+            while time.monotonic() < end:
+                kind = str(draw.choice(list(counts), p=[0.3, 0.3, 0.2, 0.1, 0.1]))
+                counts[kind] += 1
+                length = int(draw.integers(min(_MIN_RANDOM_TOKENS, arguments.prompt_len), arguments.prompt_len + 1))
+                prompt: list[int] = draw.integers(1, self._llm.engine.vocab_size, size=length).tolist()
+                if known and kind in ("repeated", "growing", "aborted"):
+                    prompt = known[int(draw.integers(len(known)))]
+                num_tokens = int(draw.integers(1, arguments.output_len + 1))
+                if kind == "aborted":
+                    await self.ask(prompt, num_tokens, abort_at=int(draw.integers(1, num_tokens + 1)))
+                    continue
+                answer, _, _ = await self.ask(prompt, num_tokens, "batch" if kind == "batch" else None)
+                if kind == "growing" and len(prompt) + len(answer) <= arguments.prompt_len:
+                    prompt = prompt + answer
+                known.append(prompt)
+
+        began = time.monotonic()
+        await asyncio.gather(*map(client, range(arguments.concurrency)))
+        seconds = time.monotonic() - began
+        total = sum(counts.values())
+        print(f"  {total} requests in {seconds:.1f} s, all with their tokens: {counts}", flush=True)
+        stats = await self.idle()
+        for name, tier in stats["kv_tiers"].items():
+            print(
+                f"  {name}: {tier['stored_blocks']} blocks stored, {tier['loaded_blocks']} loaded, "
+                f"{tier['evicted_blocks']} evicted, {tier['skipped_blocks']} skipped, failures {tier['failures']}"
+            )
+        return {"seconds": seconds, "requests": counts}
