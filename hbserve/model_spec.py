@@ -111,7 +111,6 @@ class ModelSpec:
             "norms of whole projections": family.qk_norm == "projection",
             f"the activation {family.activation}": family.activation != "silu",
             "a feed-forward layer without gate": not family.is_gated,
-            "groups of experts": self.experts is not None and self.experts.num_groups > 1,
             "a factor of the residual": self.scales.residual != 1,
             "rotary embeddings that differ by layer": len({*self.ropes} - {None}) > 1,
             "layers without a rotary embedding": None in self.ropes,

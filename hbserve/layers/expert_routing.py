@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     Attributes:
         experts: int32 ``[tokens, chosen]``, counted from this rank's first; -1: another rank's, or a padded token.
         weights: ``[tokens, chosen]``, in the dtype of the router's outputs.
-        places: int32 ``[tokens, chosen]``, the place of a pair among those of its expert; undefined without ``counts``.
+        places: int32 ``[tokens, chosen]``, the place of a pair among those of its expert.
     """
 
     experts: Tensor
@@ -57,54 +57,118 @@ class Groups(NamedTuple):
     num_tiles: Tensor
 
 
+class Choosing(NamedTuple):
+    """How a token's experts are chosen, as constants of a kernel: the last arguments of `choose_of_token`."""
+
+    num_experts: int
+    num_chosen: int
+    chosen_lanes: int
+    num_groups: int
+    num_chosen_groups: int
+    group_lanes: int
+    member_lanes: int
+    is_sigmoid: bool
+    has_bias: bool
+    is_renormalised: bool
+
+    @staticmethod
+    def of(experts: Experts, bias: Tensor | None) -> Choosing:
+        """Describe a router with or without ``bias``."""
+        count, groups = experts.num_experts, experts.num_groups
+        lanes = [triton.next_power_of_2(size) for size in (experts.num_chosen, groups, count // groups)]
+        return Choosing(
+            count, experts.num_chosen, lanes[0], groups, experts.num_chosen_groups, lanes[1], lanes[2],
+            experts.scoring == "sigmoid", bias is not None, experts.is_renormalised,
+        )  # fmt: skip
+
+
+@triton.jit
+def _ordered(values):  # type: ignore[no-untyped-def]
+    """Map float32 to int32 in the same order, NaN above all: a warp finds the greatest int32 in one instruction."""
+    bits = values.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def choose_of_token(  # type: ignore[no-untyped-def]
+    logits, bias, scale, num_experts: tl.constexpr, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr,
+    num_groups: tl.constexpr, num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr,
+    is_sigmoid: tl.constexpr, has_bias: tl.constexpr, is_renormalised: tl.constexpr,
+):  # fmt: skip
+    """Compute `hbserve.layers.experts.choose_experts` of one token.
+
+    Returns:
+        int32 experts and float32 weights, ``[chosen_lanes]``; the first ``num_chosen`` are valid.
+    """
+    lowest: tl.constexpr = -(2**31)
+    size: tl.constexpr = num_experts // num_groups
+    group, member = tl.arange(0, group_lanes)[:, None], tl.arange(0, member_lanes)[None, :]
+    expert = group * size + member
+    mask = (group < num_groups) & (member < size)
+    # not from the first-level cache: a program may read this before its gdc_wait()
+    values = tl.load(logits + expert, mask=mask, other=-float("inf"), cache_modifier=".cg").to(tl.float32)
+    highest = tl.max(values)
+    total = tl.sum(tl.exp(values - highest))  # of a softmax
+    ranked = values  # scores have the same order
+    if has_bias or num_groups > 1:
+        ranked = 1.0 / (1.0 + tl.exp(-values)) if is_sigmoid else tl.exp(values - highest) / total
+        if has_bias:
+            ranked += tl.load(bias + expert, mask=mask, other=0.0)
+        ranked = tl.where(mask, ranked, -float("inf"))
+    keys = tl.where(mask, _ordered(ranked), lowest)
+    if num_groups > 1:
+        best = tl.max(ranked, axis=1)
+        place = tl.min(tl.where(ranked == best[:, None], member, member_lanes), axis=1)
+        second = tl.max(tl.where(member == place[:, None], -float("inf"), ranked), axis=1)
+        groups = tl.arange(0, group_lanes)
+        group_keys = tl.where(groups < num_groups, _ordered(best + second), lowest)
+        is_open = groups < 0
+        for _ in tl.static_range(num_chosen_groups):
+            chosen = tl.min(tl.where(group_keys == tl.max(group_keys), groups, group_lanes))
+            is_open |= groups == chosen
+            group_keys = tl.where(groups == chosen, lowest, group_keys)
+        keys = tl.where(is_open[:, None], keys, lowest)
+    lanes = tl.arange(0, chosen_lanes)
+    experts = tl.zeros([chosen_lanes], tl.int32)
+    for lane in tl.static_range(num_chosen):
+        chosen = tl.min(tl.where(keys == tl.max(keys), expert, num_experts - 1))
+        experts = tl.where(lanes == lane, chosen, experts)
+        keys = tl.where(expert == chosen, lowest, keys)
+    in_row = lanes < num_chosen
+    values = tl.load(logits + experts, mask=in_row, other=-float("inf"), cache_modifier=".cg").to(tl.float32)
+    weights = 1.0 / (1.0 + tl.exp(-values)) if is_sigmoid else tl.exp(values - highest) / total
+    if is_renormalised:
+        weights = weights / (tl.sum(weights) + 1e-20)
+    return experts, weights * scale
+
+
 @triton.jit
 def _choose_kernel(  # type: ignore[no-untyped-def]
-    logits, bias, slots, chosen, weights, places, counts, totals, num_experts, first_expert, num_local, scale,
-    num_chosen: tl.constexpr, block: tl.constexpr, block_chosen: tl.constexpr, is_sigmoid: tl.constexpr,
-    has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr, has_counts: tl.constexpr,
-    overlap: tl.constexpr,
+    logits, bias, slots, chosen, weights, places, counts, totals, first_expert, num_local, scale,
+    num_experts: tl.constexpr, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr, num_groups: tl.constexpr,
+    num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr, is_sigmoid: tl.constexpr,
+    has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    experts = tl.arange(0, block)
-    mask = experts < num_experts
-    if has_bias:
-        biases = tl.load(bias + experts, mask=mask, other=0.0)
     is_real = True
     if has_slots:
         is_real = tl.load(slots + token) >= 0
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
-    values = tl.load(logits + token * num_experts + experts, mask=mask, other=-float("inf")).to(tl.float32)
-    if is_sigmoid:
-        scores = 1.0 / (1.0 + tl.exp(-values))
-    else:
-        scores = tl.exp(values - tl.max(values, axis=0))
-        scores = scores / tl.sum(scores, axis=0)
-    ranked = tl.where(mask, scores, -float("inf"))
-    if has_bias:
-        ranked += biases
-    lanes = tl.arange(0, block_chosen)
-    best_experts = tl.zeros([block_chosen], tl.int32)
-    best_scores = tl.zeros([block_chosen], tl.float32)
-    for lane in tl.static_range(num_chosen):
-        # NaN compares false, so this index may be past the last expert: take that one, and let the result be NaN
-        best = tl.min(tl.where(ranked == tl.max(ranked, axis=0), experts, block), axis=0)
-        best = tl.minimum(best, num_experts - 1)
-        best_experts = tl.where(lanes == lane, best, best_experts)
-        best_scores = tl.where(lanes == lane, tl.sum(tl.where(experts == best, scores, 0.0), axis=0), best_scores)
-        ranked = tl.where(experts == best, -float("inf"), ranked)
-    if is_renormalised:
-        best_scores = best_scores / (tl.sum(best_scores, axis=0) + 1e-20)
+    experts, shares = choose_of_token(
+        logits + token * num_experts, bias, scale, num_experts, num_chosen, chosen_lanes, num_groups,
+        num_chosen_groups, group_lanes, member_lanes, is_sigmoid, has_bias, is_renormalised,
+    )  # fmt: skip
+    lanes = tl.arange(0, chosen_lanes)
     pairs = token * num_chosen + lanes
     in_row = lanes < num_chosen
-    local = best_experts - first_expert
+    local = experts - first_expert
     is_local = in_row & is_real & (local >= 0) & (local < num_local)
     tl.store(chosen + pairs, tl.where(is_local, local, -1), mask=in_row)
-    tl.store(weights + pairs, (best_scores * scale).to(weights.dtype.element_ty), mask=in_row)
-    tl.atomic_add(totals + best_experts, 1, mask=in_row & is_real)
-    if has_counts:
-        tl.store(places + pairs, tl.atomic_add(counts + local, 1, mask=is_local), mask=is_local)
+    tl.store(weights + pairs, shares.to(weights.dtype.element_ty), mask=in_row)
+    tl.atomic_add(totals + experts, 1, mask=in_row & is_real)
+    tl.store(places + pairs, tl.atomic_add(counts + local, 1, mask=is_local), mask=is_local)
 
 
 def choose(
@@ -114,29 +178,25 @@ def choose(
     local: tuple[int, int],
     slots: Tensor | None,
     totals: Tensor,
-    counts: Tensor | None,
+    counts: Tensor,
 ) -> Choice:
-    """Compute `hbserve.layers.experts.choose_experts` of ``logits [tokens, experts]``, without groups of experts.
+    """Compute `hbserve.layers.experts.choose_experts` of ``logits [tokens, experts]``.
 
     Args:
         local: first and number of this rank's experts.
         slots: int64 ``[tokens]``, negative for a padded token, which gets no expert; None: no token is padded.
         totals: int64 ``[experts]``; the pairs of each expert of any rank are added.
-        counts: int32 ``[local experts]``, zero before; the pairs of each local expert are added. None: `group_pairs`
-            does not follow.
+        counts: int32 ``[local experts]``, zero before; the pairs of each local expert are added.
     """
     num_tokens, num_experts = logits.shape
-    num_chosen = experts.num_chosen
-    chosen, places = (torch.empty(num_tokens, num_chosen, dtype=torch.int32, device=logits.device) for _ in range(2))
-    weights = torch.empty(num_tokens, num_chosen, dtype=logits.dtype, device=logits.device)
-    block = triton.next_power_of_2(num_experts)
-    overlap = overlaps(logits.device)
+    shape, device = (num_tokens, experts.num_chosen), logits.device
+    chosen, places = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
+    weights = torch.empty(shape, dtype=logits.dtype, device=device)
+    overlap = overlaps(device)
     _choose_kernel[(num_tokens,)](
         logits, logits if bias is None else bias, logits if slots is None else slots, chosen, weights, places,
-        totals if counts is None else counts, totals, num_experts, *local, experts.scale,
-        num_chosen, block, triton.next_power_of_2(num_chosen), experts.scoring == "sigmoid",
-        bias is not None, experts.is_renormalised, slots is not None, counts is not None, overlap,
-        num_warps=max(1, min(4, block // 256)), launch_pdl=overlap,
+        counts, totals, *local, experts.scale, *Choosing.of(experts, bias), slots is not None, overlap,
+        num_warps=max(1, min(4, triton.next_power_of_2(num_experts) // 256)), launch_pdl=overlap,
     )  # fmt: skip
     return Choice(chosen, weights, places)
 

@@ -1,11 +1,13 @@
 """Triton kernels for the experts of few tokens: they read rows of weights, as `hbserve.layers.one_row` does.
 
 One kernel computes gate, up and the activation of each pair of token and expert, the other all down projections of a
-token and their weighted sum.
+token and their weighted sum. Every program chooses its token's experts by itself: with few tokens that takes less time
+than one more kernel, and the second kernel can request its weights while the first still runs.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -13,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.layers.expert_routing import Choice
+from hbserve.layers.expert_routing import Choosing, choose_of_token
 from hbserve.layers.experts import ExpertWeights
+from hbserve.layers.one_row import split_row
+from hbserve.model_families.declaration import Experts
 from hbserve.platform.cuda_driver import overlaps
 
 Norm = tuple[Tensor, float]
@@ -44,124 +48,221 @@ def activate(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scaled_sum(  # type: ignore[no-untyped-def]
-    products, scale, row, mask, scale_rows: tl.constexpr, num_scales: tl.constexpr, block: tl.constexpr
+def _local(experts, lanes, num_chosen, first_expert, num_local, is_real):  # type: ignore[no-untyped-def]
+    """Count experts from this rank's first; -1: another rank's, or none."""
+    local = experts - first_expert
+    return tl.where((lanes < num_chosen) & is_real & (local >= 0) & (local < num_local), local, -1)
+
+
+@triton.jit
+def _block_scales(  # type: ignore[no-untyped-def]
+    scale, row, begin: tl.constexpr, size: tl.constexpr, scale_rows: tl.constexpr, num_scales: tl.constexpr
 ):
-    """Sum the columns of ``products [rows, block]``, times the scales of the weights."""
-    if num_scales == 0:
-        total = tl.sum(products, axis=1)
-    elif num_scales == 1:
-        total = tl.sum(products, axis=1) * tl.load(scale + row // scale_rows, mask=mask, other=0.0)
-    else:
-        groups = tl.arange(0, block // 128)
-        places = scale + (row // scale_rows)[:, None] * num_scales + groups[None, :]
-        scales = tl.load(places, mask=mask[:, None] & (groups < num_scales)[None, :], other=0.0)
-        total = tl.sum(tl.sum(tl.reshape(products, [products.shape[0], block // 128, 128]), axis=2) * scales, axis=1)
-    return total
+    """Load scales ``[matrices, groups]`` of the blocks from column ``begin``, in the rows ``row [matrices]``."""
+    group = begin // 128 + tl.arange(0, (size + 127) // 128)
+    places = scale + (row // scale_rows)[:, None] * num_scales + group[None, :]
+    return tl.load(places, mask=(group < num_scales)[None, :], other=0.0)
+
+
+@triton.jit
+def _scaled(  # type: ignore[no-untyped-def]
+    values, scales, matrices: tl.constexpr, size: tl.constexpr
+):
+    """Multiply inputs ``[matrices, size]`` by the scales of the blocks of weights that they meet."""
+    num_groups: tl.constexpr = (size + 127) // 128
+    groups = tl.reshape(values, [matrices, num_groups, size // num_groups])
+    return tl.reshape(groups * scales[:, :, None], [matrices, size])
 
 
 @triton.jit
 def _up_kernel(  # type: ignore[no-untyped-def]
-    x, norm, weight, scale, chosen, out, num_rows, num_chosen, eps,
+    x, norm, weight, scale, logits, bias, slots, totals, out, num_rows, eps, first_expert, num_local,
+    num_experts: tl.constexpr, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr, num_groups: tl.constexpr,
+    num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr, is_sigmoid: tl.constexpr,
+    has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr,
     size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, scale_rows: tl.constexpr,
     num_scales: tl.constexpr, has_norm: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    pair = tl.program_id(1)
+    token, lane = (tl.program_id(1) // num_chosen).to(tl.int64), tl.program_id(1) % num_chosen
     columns = tl.arange(0, block)
     in_row = columns < size
     if has_norm:
         norm_weights = tl.load(norm + columns, mask=in_row, other=0.0)
+    is_real = True
+    if has_slots:
+        is_real = tl.load(slots + token) >= 0
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
-    expert = tl.load(chosen + pair).to(tl.int64)
+    experts, _ = choose_of_token(
+        logits + token * num_experts, bias, 1.0, num_experts, num_chosen, chosen_lanes, num_groups,
+        num_chosen_groups, group_lanes, member_lanes, is_sigmoid, has_bias, is_renormalised,
+    )  # fmt: skip
+    lanes = tl.arange(0, chosen_lanes)
+    if (tl.program_id(0) == 0) & (lane == 0):
+        tl.atomic_add(totals + experts, 1, mask=(lanes < num_chosen) & is_real)
+    local = _local(experts, lanes, num_chosen, first_expert, num_local, is_real)
+    expert = tl.sum(tl.where(lanes == lane, local, 0)).to(tl.int64)
     if expert >= 0:
         in_rows = rows < num_rows
         mask = in_rows[:, None] & in_row[None, :]
-        row = expert * 2 * num_rows + rows
-        gates = weight + row[:, None] * size + columns[None, :]
-        gate = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gates + num_rows.to(tl.int64) * size, mask=mask, other=0.0).to(tl.float32)
-        values = tl.load(x + (pair // num_chosen).to(tl.int64) * size + columns, mask=in_row, other=0.0).to(tl.float32)
+        first = expert * 2 * num_rows
+        gates = weight + (first + rows)[:, None] * size + columns[None, :]
+        gate = tl.load(gates, mask=mask, other=0.0)
+        up = tl.load(gates + num_rows.to(tl.int64) * size, mask=mask, other=0.0)
+        values = tl.load(x + token * size + columns, mask=in_row, other=0.0).to(tl.float32)
         if has_norm:
             rms = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
             values = ((values * rms).to(out.dtype.element_ty) * norm_weights).to(tl.float32)
-        gate = _scaled_sum(gate * values[None, :], scale, row, in_rows, scale_rows, num_scales, block)
-        up = _scaled_sum(up * values[None, :], scale, row + num_rows, in_rows, scale_rows, num_scales, block)
+        # all rows of a program are in one block of scales
+        row = first + tl.program_id(0) * block_rows + tl.arange(0, 1)
+        gate_values, up_values = values[None, :], values[None, :]
+        if num_scales > 1:
+            gate_scales = _block_scales(scale, row, 0, block, scale_rows, num_scales)
+            up_scales = _block_scales(scale, row + num_rows, 0, block, scale_rows, num_scales)
+            gate_values, up_values = (
+                _scaled(gate_values, gate_scales, 1, block),
+                _scaled(up_values, up_scales, 1, block),
+            )
+        gate = tl.sum(gate.to(tl.float32) * gate_values, axis=1)
+        up = tl.sum(up.to(tl.float32) * up_values, axis=1)
+        if num_scales == 1:
+            gate *= tl.load(scale + (first + rows) // scale_rows, mask=in_rows, other=0.0)
+            up *= tl.load(scale + (first + num_rows + rows) // scale_rows, mask=in_rows, other=0.0)
         activated = activate(gate, up, out.dtype.element_ty)
-        tl.store(out + pair.to(tl.int64) * num_rows + rows, activated, mask=in_rows)
+        tl.store(out + (token * num_chosen + lane) * num_rows + rows, activated, mask=in_rows)
 
 
 @triton.jit
 def _down_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, chosen, weights, out, num_rows, num_chosen: tl.constexpr,
-    size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, scale_rows: tl.constexpr,
+    x, weight, scale, logits, bias, slots, out, num_rows, router_scale, first_expert, num_local,
+    num_experts: tl.constexpr, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr, num_groups: tl.constexpr,
+    num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr, is_sigmoid: tl.constexpr,
+    has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr,
+    size: tl.constexpr, block: tl.constexpr, tail: tl.constexpr, block_rows: tl.constexpr, scale_rows: tl.constexpr,
     num_scales: tl.constexpr, is_added: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     token = tl.program_id(1).to(tl.int64)
+    in_rows = rows < num_rows
+    is_real = True
+    if has_slots:
+        is_real = tl.load(slots + token) >= 0
+    # This program starts when `_up_kernel` has waited for the router, so it may read logits before its own wait.
+    experts, shares = choose_of_token(
+        logits + token * num_experts, bias, router_scale, num_experts, num_chosen, chosen_lanes, num_groups,
+        num_chosen_groups, group_lanes, member_lanes, is_sigmoid, has_bias, is_renormalised,
+    )  # fmt: skip
+    lanes = tl.arange(0, chosen_lanes)
+    local = _local(experts, lanes, num_chosen, first_expert, num_local, is_real)
+    shares = shares.to(logits.dtype.element_ty).to(tl.float32)
+    is_local = local >= 0
+    first = tl.maximum(local, 0).to(tl.int64) * num_rows
+    # ``[expert, row, column]``, in two parts where ``size`` is not a power of two
+    begins = weight + (first[:, None, None] + rows[None, :, None]) * size
+    in_matrix = is_local[:, None, None] & in_rows[None, :, None]
     columns = tl.arange(0, block)
-    in_rows, in_row = rows < num_rows, columns < size
+    in_row = columns < size
+    weights = tl.load(begins + columns[None, None, :], mask=in_matrix & in_row[None, None, :], other=0.0)
+    if tail > 0:
+        tail_columns = block + tl.arange(0, tail)
+        in_tail = tail_columns < size
+        tail_weights = tl.load(begins + tail_columns[None, None, :], mask=in_matrix & in_tail[None, None, :], other=0.0)
+    if num_scales == 1:
+        places = scale + (first[:, None] + rows[None, :]) // scale_rows
+        row_scales = tl.load(places, mask=is_local[:, None] & in_rows[None, :], other=0.0)
+    if num_scales > 1:  # all rows of a program are in one block of scales
+        row = first + tl.program_id(0) * block_rows
+        scales = _block_scales(scale, row, 0, block, scale_rows, num_scales) * shares[:, None]
+        if tail > 0:
+            tail_scales = _block_scales(scale, row, block, tail, scale_rows, num_scales) * shares[:, None]
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
-    total = tl.zeros([block_rows], tl.float32)
-    for lane in tl.static_range(num_chosen):
-        pair = token * num_chosen + lane
-        expert = tl.load(chosen + pair).to(tl.int64)
-        is_local = expert >= 0
-        mask = in_rows[:, None] & in_row[None, :] & is_local
-        row = tl.maximum(expert, 0) * num_rows + rows
-        values = tl.load(x + pair * size + columns, mask=in_row & is_local, other=0.0).to(tl.float32)
-        products = tl.load(weight + row[:, None] * size + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        product = _scaled_sum(products * values[None, :], scale, row, in_rows, scale_rows, num_scales, block)
-        total += product * tl.load(weights + pair).to(tl.float32)
+    pairs = x + (token * num_chosen + lanes)[:, None] * size
+    values = tl.load(pairs + columns[None, :], mask=is_local[:, None] & in_row[None, :], other=0.0).to(tl.float32)
+    values = _scaled(values, scales, chosen_lanes, block) if num_scales > 1 else values * shares[:, None]
+    products = tl.sum(weights.to(tl.float32) * values[:, None, :], axis=2)
+    if tail > 0:
+        mask = is_local[:, None] & in_tail[None, :]
+        values = tl.load(pairs + tail_columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        values = _scaled(values, tail_scales, chosen_lanes, tail) if num_scales > 1 else values * shares[:, None]
+        products += tl.sum(tail_weights.to(tl.float32) * values[:, None, :], axis=2)
+    if num_scales == 1:
+        products *= row_scales
+    total = tl.sum(products, axis=0)
     target = out + token * num_rows + rows
     if is_added:
         total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(target, mask=in_rows, other=0.0).to(tl.float32)
     tl.store(target, total.to(out.dtype.element_ty), mask=in_rows)
 
 
+class _Shape(NamedTuple):
+    """Launch shape of a kernel: rows of a program, of each matrix that it reads, and warps."""
+
+    rows: int
+    num_warps: int
+
+    def fit(self, scales: Scales) -> _Shape:
+        """Take fewer rows, so that blocks of scales are not cut."""
+        return self if scales.num_scales <= 1 else self._replace(rows=math.gcd(self.rows, scales.block_rows))
+
+
 def mix_rows(
-    x: Tensor, norm: Norm | None, weights: ExpertWeights, choice: Choice, pairs: Tensor, out: Tensor, is_added: bool
+    x: Tensor,
+    norm: Norm | None,
+    weights: ExpertWeights,
+    logits: Tensor,
+    experts: Experts,
+    local: tuple[int, int],
+    slots: Tensor | None,
+    totals: Tensor,
+    out: Tensor,
+    is_added: bool,
 ) -> None:
-    """Compute the chosen experts of few tokens; see `hbserve.layers.grouped_experts.GroupedExperts.mix`.
+    """Choose the experts of few tokens and compute them; see `hbserve.layers.grouped_experts.GroupedExperts.mix`.
 
     Args:
-        pairs: memory ``[tokens, chosen, inner]``.
+        logits: ``[tokens, experts]``, which the kernel launched just before has written.
     """
-    (num_tokens, num_chosen, inner), hidden = pairs.shape, x.shape[1]
+    (num_tokens, hidden), inner, num_chosen = x.shape, weights.down.shape[1], experts.num_chosen
+    bias = weights.router_bias
+    routing = (logits, logits if bias is None else bias, logits if slots is None else slots)
+    choosing = (*Choosing.of(experts, bias), slots is not None)
+    pairs = x.new_empty(num_tokens, num_chosen, inner)
     up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
     overlap = overlaps(x.device)
     block = max(triton.next_power_of_2(hidden), 128)
-    block_rows, num_warps = _up_shape(block)
-    _up_kernel[(triton.cdiv(inner, block_rows), num_tokens * num_chosen)](
-        x, x if norm is None else norm[0], weights.up, up.scale, choice.experts, pairs, inner, num_chosen,
-        0.0 if norm is None else norm[1], hidden, block, block_rows,
-        up.block_rows, up.num_scales, norm is not None, overlap, num_warps=num_warps, launch_pdl=overlap,
+    shape = _up_shape(block, weights.up.itemsize).fit(up)
+    _up_kernel[(triton.cdiv(inner, shape.rows), num_tokens * num_chosen)](
+        x, x if norm is None else norm[0], weights.up, up.scale, *routing, totals, pairs, inner,
+        0.0 if norm is None else norm[1], *local, *choosing, hidden, block, shape.rows,
+        up.block_rows, up.num_scales, norm is not None, overlap, num_warps=shape.num_warps, launch_pdl=overlap,
     )  # fmt: skip
-    block = max(triton.next_power_of_2(inner), 128)
-    block_rows, num_warps = _down_shape(block)
-    _down_kernel[(triton.cdiv(hidden, block_rows), num_tokens)](
-        pairs, weights.down, down.scale, choice.experts, choice.weights, out, hidden, num_chosen, inner, block,
-        block_rows, down.block_rows, down.num_scales, is_added, overlap, num_warps=num_warps, launch_pdl=overlap,
+    block, tail = split_row(inner)
+    lanes = triton.next_power_of_2(num_chosen) * triton.next_power_of_2(inner)
+    shape = _down_shape(lanes, weights.down.itemsize).fit(down)
+    _down_kernel[(triton.cdiv(hidden, shape.rows), num_tokens)](
+        pairs, weights.down, down.scale, *routing, out, hidden, experts.scale, *local, *choosing, inner, block, tail,
+        shape.rows, down.block_rows, down.num_scales, is_added, overlap, num_warps=shape.num_warps,
+        launch_pdl=overlap,
     )  # fmt: skip
 
 
-def _up_shape(lanes: int) -> tuple[int, int]:
-    """Choose rows and warps of a program that reads rows of ``lanes`` elements of gate and of up.
+def _up_shape(lanes: int, itemsize: int) -> _Shape:
+    """Choose the shape for rows of ``lanes`` elements of gate and of up.
 
-    As in `hbserve.layers.one_row`, whose sweep on an H200 gave 4 rows up to 2048 lanes.
+    As in `hbserve.layers.one_row`, whose sweep on an H200 gave 4 rows of 2048 lanes in bfloat16.
     """
-    block_rows = max(1, min(4, 8192 // lanes))
-    return block_rows, max(1 if lanes < 4096 else 4, min(16, block_rows * lanes // 4096))
+    rows = max(1, min(4, 8192 // lanes))
+    return _Shape(rows, max(1 if lanes < 4096 else 4, min(16, rows * lanes // 4096)))
 
 
-def _down_shape(lanes: int) -> tuple[int, int]:
-    """Choose rows and warps of a program that reads rows of ``lanes`` elements of each of a token's experts.
+def _down_shape(lanes: int, itemsize: int) -> _Shape:
+    """Choose the shape for rows of ``lanes`` elements, those of all experts of a token together.
 
-    It has few programs with much to read each, so it has more warps.
+    A program holds all its weights in registers before it waits for the kernel before.
     """
-    block_rows = max(1, min(4, 16384 // lanes))
-    return block_rows, max(4, min(16, block_rows * lanes // 2048))
+    rows = max(1, min(4, 32768 // lanes))
+    return _Shape(rows, max(1, min(16, rows * lanes // 4096)))

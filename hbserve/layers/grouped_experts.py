@@ -190,7 +190,6 @@ class GroupedExperts:
     """
 
     def __init__(self, experts: Experts, local: tuple[int, int], totals: Tensor) -> None:
-        assert experts.num_groups == 1, "the kernels do not choose among groups of experts"
         self._experts, self._local, self._totals = experts, local, totals
         self._counts = torch.zeros(local[1], dtype=torch.int32, device=totals.device)  # zero between two layers
 
@@ -243,18 +242,15 @@ class GroupedExperts:
             logits = one_row_linear(x, weights.router, norm=norm[0], eps=norm[1])
         else:
             logits = router_logits(x, weights, self._experts, one_row_linear if x.shape[0] == 1 else F.linear)
-        is_few = self.adds(x.shape[0])
-        pairs = x.new_empty(x.shape[0], self._experts.num_chosen, weights.down.shape[1])
-        memory = None if is_few else self._group_memory(x, weights.up_scale is not None)
-        # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
-        choice = choose(
-            logits, weights.router_bias, self._experts, self._local, slots, self._totals[layer],
-            None if is_few else self._counts,
-        )  # fmt: skip
-        if memory is None:
-            mix_rows(x, norm, weights, choice, pairs, out, is_added)
+        totals, bias = self._totals[layer], weights.router_bias
+        if self.adds(x.shape[0]):
+            mix_rows(x, norm, weights, logits, self._experts, self._local, slots, totals, out, is_added)
             return
         assert not is_added, "only the kernels for few tokens add their result"
+        pairs = x.new_empty(x.shape[0], self._experts.num_chosen, weights.down.shape[1])
+        memory = self._group_memory(x, weights.up_scale is not None)
+        # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
+        choice = choose(logits, bias, self._experts, self._local, slots, totals, self._counts)
         group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
         self._mix_grouped(x, weights, choice, memory, pairs, out)
 

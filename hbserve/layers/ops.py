@@ -324,7 +324,7 @@ def _group_experts(spec: ModelSpec, parallel: TensorParallel, totals: Tensor | N
     experts = spec.experts
     if experts is None or totals is None or not has_triton(totals.device):
         return None
-    if experts.num_groups > 1 or spec.family.activation != "silu":
+    if spec.family.activation != "silu":
         return None
     from hbserve.layers.grouped_experts import GroupedExperts
 

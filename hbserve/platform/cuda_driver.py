@@ -55,7 +55,8 @@ def overlaps(device: torch.device) -> bool:
     first loads data that no kernel writes, such as weights. ``gdc_wait`` then waits for the end of all kernels before
     it, and ``gdc_launch_dependents`` lets the next kernel start once all blocks of this one run. Results stay right
     as long as every kernel calls ``gdc_wait`` before it reads what another kernel writes, or writes what another
-    kernel reads.
+    kernel reads. One exception: what the kernel before its predecessor has written is there when the predecessor lets
+    this one start, because the predecessor has waited for it.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
 

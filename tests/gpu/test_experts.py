@@ -33,10 +33,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def mixture(num_experts: int, num_chosen: int, is_sigmoid: bool = False) -> Experts:
-    if not is_sigmoid:
-        return Experts(num_experts, num_chosen, INNER, True, (False, True))
-    return Experts(num_experts, num_chosen, INNER, True, (False, True), scoring="sigmoid", scale=2.5)
+def mixture(num_experts: int, num_chosen: int, router: str = "softmax") -> Experts:
+    softmax = Experts(num_experts, num_chosen, INNER, True, (False, True))
+    if router == "softmax groups":  # whose weights are scores of all experts
+        return dataclasses.replace(softmax, is_renormalised=False, num_groups=4, num_chosen_groups=1)
+    if router == "sigmoid groups":
+        softmax = dataclasses.replace(softmax, num_groups=5, num_chosen_groups=3)
+    return softmax if router == "softmax" else dataclasses.replace(softmax, scoring="sigmoid", scale=2.5)
 
 
 def parameters(experts: Experts, skew: float) -> ExpertWeights:
@@ -54,7 +57,7 @@ def parameters(experts: Experts, skew: float) -> ExpertWeights:
 
 def quantised(weights: ExpertWeights, has_blocks: bool) -> ExpertWeights:
     """Return the same parameters in FP8, with scales of rows or of blocks of 8 x 128."""
-    parts = {}
+    parts: dict[str, torch.Tensor] = {}
     for name in ("up", "down"):
         matrix = getattr(weights, name).float()
         if has_blocks:
@@ -102,11 +105,14 @@ def assert_close(actual: torch.Tensor, target: torch.Tensor) -> None:
     torch.testing.assert_close(actual.float(), target, atol=tolerance * target.abs().max().item(), rtol=tolerance)
 
 
-@pytest.mark.parametrize(("num_experts", "num_chosen", "is_sigmoid"), [(128, 8, False), (61, 4, True), (8, 2, False)])
+@pytest.mark.parametrize(
+    ("num_experts", "num_chosen", "router"),
+    [(128, 8, "softmax"), (61, 4, "sigmoid"), (8, 2, "softmax"), (60, 6, "sigmoid groups"), (16, 3, "softmax groups")],
+)
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 37, 300])
 @pytest.mark.parametrize("skew", [0.0, 3.0])
-def test_experts(num_experts: int, num_chosen: int, is_sigmoid: bool, num_tokens: int, skew: float) -> None:
-    experts = mixture(num_experts, num_chosen, is_sigmoid)
+def test_experts(num_experts: int, num_chosen: int, router: str, num_tokens: int, skew: float) -> None:
+    experts = mixture(num_experts, num_chosen, router)
     weights = parameters(experts, skew)
     totals = totals_of(experts)
     grouped = GroupedExperts(experts, (0, num_experts), totals)
