@@ -17,7 +17,7 @@ import torch
 from hbserve.errors import ModelError
 from hbserve.hints import nearest
 from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
-from hbserve.model_families.declaration import ACTIVATION_NAMES, Experts, Family, LayerNorms, Scales
+from hbserve.model_families.declaration import ACTIVATIONS_BY_NAME, Activation, Experts, Family, LayerNorms, Scales
 from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown
 from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
 from hbserve.weight_format import KV_SCALE_NAMES, Fp8Format, Fp8KV, on_load, read_weight_format
@@ -65,6 +65,7 @@ class ModelSpec:
         ropes: per layer, its rotary embedding; None: positions do not matter to it.
         qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
         has_qk_norm: whether queries and keys have the norms that the family declares, if any.
+        activation: function of the feed-forward layer, and of experts.
         tied_embeddings: the LM head is the embedding matrix.
         sliding_windows: per layer, the number of latest tokens that a token sees, itself included; None: all.
         dtype: dtype of the checkpoint.
@@ -93,6 +94,7 @@ class ModelSpec:
     scales: Scales = field(default_factory=Scales)
     experts: Experts | None = None
     has_qk_norm: bool = True
+    activation: Activation = "silu"
     weight_format: Fp8Format | None = None
     kv_format: Fp8KV | None = None
 
@@ -109,7 +111,7 @@ class ModelSpec:
             f"norms of kind {family.norm}": family.norm != "rms",
             "norms of a block's output": family.norms != LayerNorms(),
             "norms of whole projections": family.qk_norm == "projection",
-            f"the activation {family.activation}": family.activation != "silu",
+            f"the activation {self.activation}": self.activation != "silu",
             "a feed-forward layer without gate": not family.is_gated,
             "a factor of the residual": self.scales.residual != 1,
             "rotary embeddings that differ by layer": len({*self.ropes} - {None}) > 1,
@@ -205,14 +207,17 @@ def _first_lines(error: Exception) -> str:
 def _from_config(
     family: Family, config: Any, dtype: torch.dtype, tied_embeddings: bool, max_model_len: int | None
 ) -> ModelSpec:
-    activation, names = getattr(config, family.activation_key), ACTIVATION_NAMES[family.activation]
-    if activation not in names:
-        raise ModelError(f"{family.activation_key} {activation!r} is not supported; supported is {names[0]}")
-    for key, supported in family.fixed.items():
+    name = getattr(config, family.activation_key)
+    activation = ACTIVATIONS_BY_NAME.get(name) if isinstance(name, str) else None
+    if activation is None:
+        supported = ", ".join(ACTIVATIONS_BY_NAME)
+        raise ModelError(f"{family.activation_key} {shown(name)} is not supported; supported are {supported}")
+    for key, values in family.fixed.items():
         value = getattr(config, key, None)
-        if value not in supported:
-            raise ModelError(f"{key} {shown(value)} is not supported; supported is {json.dumps(supported[0])}")
-    sizes = {key: _size(config, key) for key in SIZES if key != "head_dim"}
+        if value not in values:
+            raise ModelError(f"{key} {shown(value)} is not supported; supported is {json.dumps(values[0])}")
+    # a class whose layers all have experts may have no intermediate_size
+    sizes = {key: _size(config, key) for key in SIZES if key != "head_dim" and hasattr(config, key)}
     num_heads, num_kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if getattr(config, "head_dim", None) is None:
         head_dim = sizes["hidden_size"] // num_heads
@@ -239,7 +244,7 @@ def _from_config(
         architecture=family.architecture,
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
+        intermediate_size=sizes.get("intermediate_size", 0),
         num_layers=sizes["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -256,6 +261,7 @@ def _from_config(
         scales=_scales(family, config, head_dim),
         experts=None if family.experts is None else _experts(family.experts(config)),
         has_qk_norm=family.qk_norm_key is None or bool(getattr(config, family.qk_norm_key)),
+        activation=activation,
     )
 
 
@@ -346,13 +352,11 @@ def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
         raise ModelError(f"layer_types must be a list of names, got {shown(layer_types)}")
     if layer_types is not None and len(layer_types) != config.num_hidden_layers:
         raise ModelError(f"layer_types has {len(layer_types)} entries, num_hidden_layers is {config.num_hidden_layers}")
-    if family.is_uniform:
+    if family.windows != "by_layer":
         # transformers runs all layers alike here, whatever layer_types says
-        same = sliding if window is not None else full
+        same = sliding if window is not None and family.windows == "uniform" else full
         if layer_types is not None and set(layer_types) != {same}:
-            raise ModelError(
-                f"layer_types of {family.architecture} is not supported; sliding_window holds for all layers"
-            )
+            raise ModelError(f"layer_types of {family.architecture} is not supported; all layers are of type {same}")
         layer_types = [same] * config.num_hidden_layers
     elif layer_types is None:
         layer_types = [full] * config.num_hidden_layers

@@ -25,6 +25,7 @@ _ROPE_LISTS = ("short_factor", "long_factor")
 _ROPE_PARAMETERS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
@@ -126,6 +127,11 @@ def read_ropes(family: Family, config: Any, head_dim: int, max_model_len: int | 
         missing = sorted({*config.layer_types} - {*nested})
         if missing:
             raise ModelError(f"rope_parameters has no entry for the layer type {', '.join(missing)}")
+        for name in {*config.layer_types}:
+            if not parameters[name].get("truncate", True):
+                raise ModelError(
+                    f"rope_parameters.{name}: truncate false is not supported; transformers does not read it there"
+                )
         by_type = {name: _rope(family, parameters[name], head_dim, longest) for name in {*config.layer_types}}
         ropes = tuple(by_type[name] for name in config.layer_types)
     elif nested:
@@ -163,6 +169,9 @@ def _rope(family: Family, parameters: Mapping[str, Any], head_dim: int, longest:
     missing = [name for name in ("rope_theta", *names) if parameters.get(name) is None]
     if missing:
         raise ModelError(f"rope_type {kind} needs {', '.join(missing)}")
+    if kind == "dynamic":
+        # It stretches only sequences longer than max_position_embeddings, and HBServe serves none.
+        kind, names = "default", ()
     given = {"theta": parameters["rope_theta"], "kind": kind}
     given |= {name: parameters[name] for name in names if name not in _ROPE_LISTS}
     given |= {"is_interleaved": family.is_interleaved, "rotated_dim": None if rotated_dim == head_dim else rotated_dim}

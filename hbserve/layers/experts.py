@@ -23,7 +23,7 @@ class ExpertWeights:
     """Parameters of the experts of one layer; a rank has some of the experts, or a slice of every expert.
 
     Attributes:
-        router: ``[experts, hidden]``; float32 where the scores are sigmoids.
+        router: ``[experts, hidden]``; float32 where there is a bias.
         up: ``[local experts * 2 * inner, hidden]``, the rows ``gate | up`` of one expert after the other.
         down: ``[local experts * hidden, inner]``.
         router_bias: float32 ``[experts]``, added to the scores for the choice.
@@ -48,8 +48,8 @@ class ExpertWeights:
 def router_logits(
     x: Tensor, weights: ExpertWeights, experts: Experts, linear: Callable[[Tensor, Tensor], Tensor] = F.linear
 ) -> Tensor:
-    """Return the router's outputs ``[tokens, experts]``: float32 for sigmoids, else in the dtype of ``x``."""
-    return linear(x.float() if experts.scoring == "sigmoid" else x, weights.router)
+    """Return the router's outputs ``[tokens, experts]``: float32 where there is a bias, else in the dtype of ``x``."""
+    return linear(x.float() if experts.has_bias else x, weights.router)
 
 
 def choose_experts(logits: Tensor, bias: Tensor | None, experts: Experts) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def mix_experts(
 
     Args:
         x: ``[tokens, hidden]``.
-        activate: one of `ACTIVATIONS`.
+        activate: with a gate.
         totals: int64 ``[experts]``; the tokens of each expert are added.
         first_expert: index of the first expert in ``weights``; the result lacks the experts that are not there.
     """

@@ -219,8 +219,8 @@ class GroupedExperts:
             self._mix(layer, x[rows], weights, part, out[rows], is_added, norm)
 
     def norms(self, num_tokens: int) -> bool:
-        """Whether the kernels for so many tokens can compute the norm before; a sigmoid router reads rounded values."""
-        return num_tokens == 1 and self._experts.scoring == "softmax"
+        """Whether the kernels for so many tokens can compute the norm before; a float32 router reads rounded values."""
+        return num_tokens == 1 and not self._experts.has_bias
 
     @staticmethod
     def adds(num_tokens: int) -> bool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbserve.attention.base import Attention
-from hbserve.layers.activations import ACTIVATIONS
+from hbserve.layers.activations import make_activation
 from hbserve.layers.experts import ExpertWeights, mix_experts
 from hbserve.layers.fp8 import Fp8Linear
 from hbserve.layers.linear import Linear, LinearKernels, PlainLinear, Rows
@@ -72,7 +72,7 @@ class LayerOps:
         rotaries = {rope: RotaryEmbedding(rope, spec.head_dim, device) for rope in {*spec.ropes} if rope is not None}
         self.rotaries = [None if rope is None else rotaries[rope] for rope in spec.ropes]
         self._norm, self._add_norm_ = NORMS[family.norm], self._add_then_norm
-        self._activate = ACTIVATIONS[family.activation, family.is_gated]
+        self._activate = make_activation(spec.activation, family.is_gated)
         self._is_gated, self._norms_projections = family.is_gated, family.qk_norm == "projection"
         self._residual_scale = spec.scales.residual
         self._experts = spec.experts
@@ -149,20 +149,31 @@ class LayerOps:
         """
         assert stream.pending is None, "the norm before must have added what was pending"
         self._leave_pending(stream, x, layer)
-        assert stream.pending is not None
+        self._finish_pending(stream, norm)
+
+    def _finish_pending(self, stream: ResidualStream, norm: Tensor | None) -> None:
+        """Apply a norm, if given, and the factor of the residual to what is pending."""
+        assert stream.pending is not None, "a block has just left its output"
         if norm is not None:
             stream.pending = self._norm(stream.pending, norm, self.eps)
         if self._residual_scale != 1:
             stream.pending = stream.pending * self._residual_scale
 
     def add_experts(
-        self, stream: ResidualStream, in_norm: Tensor | None, weights: ExpertWeights, layer: int, slots: Tensor
+        self,
+        stream: ResidualStream,
+        in_norm: Tensor | None,
+        weights: ExpertWeights,
+        layer: int,
+        slots: Tensor,
+        norm: Tensor | None = None,
     ) -> None:
-        """Compute the norm of the stream by experts, and leave the result pending in the stream.
+        """Compute the norm of the stream by experts, then a norm if given, and leave the result pending in the stream.
 
         Each rank has some of the experts, or a slice of every expert; all ranks choose the same experts.
 
         Args:
+            in_norm: None: the experts read the stream itself.
             slots: int64 ``[tokens]``; a padded token has a negative one.
         """
         assert self._experts is not None, "the model has experts"
@@ -181,6 +192,7 @@ class LayerOps:
         if weights.shared_up is not None:
             part += self._shared_expert(x, weights)
         stream.pending = self.parallel.reduce(part)
+        self._finish_pending(stream, norm)
 
     def _shared_expert(self, x: Tensor, weights: ExpertWeights) -> Tensor:
         """Compute this rank's part of the expert that computes every token."""
@@ -299,15 +311,22 @@ class FusedOps(LayerOps):
             super().add_linear(stream, x, layer)
 
     def add_experts(
-        self, stream: ResidualStream, in_norm: Tensor | None, weights: ExpertWeights, layer: int, slots: Tensor
+        self,
+        stream: ResidualStream,
+        in_norm: Tensor | None,
+        weights: ExpertWeights,
+        layer: int,
+        slots: Tensor,
+        norm: Tensor | None = None,
     ) -> None:
+        assert norm is None, "the kernels know no norm of a block's output"
         experts = self._grouped_experts
         assert experts is not None, "experts without kernels are an unfused feature"
         if self.parallel.size > 1 or weights.shared_up is not None or not experts.adds(stream.total.shape[0]):
             super().add_experts(stream, in_norm, weights, layer, slots)
         elif in_norm is not None and stream.pending is None and experts.norms(stream.total.shape[0]):
-            norm = (in_norm, self.eps)
-            experts.mix(layer, stream.total, weights, slots, stream.total, is_added=True, norm=norm)
+            first = (in_norm, self.eps)
+            experts.mix(layer, stream.total, weights, slots, stream.total, is_added=True, norm=first)
         else:
             experts.mix(layer, self.norm(stream, in_norm), weights, slots, stream.total, is_added=True)
 
@@ -324,7 +343,7 @@ def _group_experts(spec: ModelSpec, parallel: TensorParallel, totals: Tensor | N
     experts = spec.experts
     if experts is None or totals is None or not has_triton(totals.device):
         return None
-    if spec.family.activation != "silu":
+    if spec.activation != "silu":
         return None
     from hbserve.layers.grouped_experts import GroupedExperts
 

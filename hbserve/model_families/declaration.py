@@ -10,16 +10,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-NormKind = Literal["rms", "olmo_rms", "gemma_rms", "layer"]
+NormKind = Literal["rms", "olmo_rms", "gemma_rms", "layer", "layer_1p"]
 """Kinds of norms; `hbserve.layers.norms` has the formulae."""
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
-ACTIVATION_NAMES: Mapping[Activation, tuple[str, ...]] = {
-    "silu": ("silu", "swish"),
-    "gelu_tanh": ("gelu_pytorch_tanh",),
+ACTIVATIONS_BY_NAME: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
 }
-"""Names of activations in ``config.json``."""
+"""Activations by their names in ``config.json``."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,9 @@ class Experts:
         inner_size: width of an expert.
         is_renormalised: the weights of a token are divided by their sum.
         layers: per layer, whether it has experts.
-        scoring: function of the router's outputs that makes scores. A ``sigmoid`` router computes in float32 and has a
-            bias that counts in the choice, not in the weights (DeepSeek-AI 2024, section 2.1.2).
+        scoring: function of the router's outputs that makes scores.
+        has_bias: a bias counts in the choice, not in the weights (DeepSeek-AI 2024, section 2.1.2), and the router
+            computes in float32, because small differences choose the experts.
         num_groups, num_chosen_groups: equal groups of experts, and how many of them the experts of a token are chosen
             from: those with the greatest sums of their two best scores (ibid.).
         scale: factor of the weights.
@@ -84,6 +90,7 @@ class Experts:
     is_renormalised: bool
     layers: tuple[bool, ...]
     scoring: Literal["softmax", "sigmoid"] = "softmax"
+    has_bias: bool = False
     num_groups: int = 1
     num_chosen_groups: int = 1
     scale: float = 1.0
@@ -111,8 +118,7 @@ class Family:
         mlp: name of the feed-forward layer.
         o, down: names of the matrices that end attention and the feed-forward layer.
         is_gated: the feed-forward layer computes ``activation(gate) * up``; else ``activation(up)``.
-        activation: function of the feed-forward layer. Models of the family with another one are refused;
-            ``activation_key`` is the key that names it in ``config.json``.
+        activation_key: key that names the activation of the feed-forward layer.
         qkv_bias, o_bias, mlp_bias: these projections have a bias: always, never, or as a key of ``config.json`` says.
         norm_eps_key: key of the norms' epsilon.
         is_partly_rotated: ``partial_rotary_factor`` is the rotated part of each head.
@@ -121,9 +127,11 @@ class Family:
         rotated_layers: reads from transformers' configuration, for each layer, whether it has a rotary embedding; None:
             all have one.
         has_draft_layers: checkpoints may have more layers than the model; they draft tokens, and stay unread.
-        is_uniform: all layers have the same attention; transformers ignores ``layer_types``.
+        windows: which layers have a sliding window: ``none``, those that ``layer_types`` names (``by_layer``), or all
+            if ``sliding_window`` is set (``uniform``).
         experts: reads the mixture of experts from transformers' configuration; None: there is none. In the checkpoint
             the router is ``gate``, and each expert has the names of a feed-forward layer under ``experts.<i>``.
+        router_bias: name of the bias in the checkpoint, beside the router.
         shared_expert: name of the expert that computes every token.
         scales: reads factors and soft caps from transformers' configuration.
         keys: other keys of ``config.json`` that the fields above depend on.
@@ -142,7 +150,6 @@ class Family:
     up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
     is_gated: bool = True
-    activation: Activation = "silu"
     activation_key: str = "hidden_act"
     qkv_bias: bool | str = False
     o_bias: bool | str = False
@@ -153,12 +160,18 @@ class Family:
     has_rope_by_type: bool = False
     rotated_layers: Callable[[Any], Any] | None = None
     has_draft_layers: bool = False
-    is_uniform: bool = False
+    windows: Literal["none", "by_layer", "uniform"] = "none"
     experts: Callable[[Any], Experts] | None = None
+    router_bias: str = "gate.e_score_correction_bias"
     shared_expert: str = "shared_experts"
     scales: Callable[[Any], Scales] = _no_scales
     keys: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether its norms have a bias besides the weight."""
+        return self.norm in ("layer", "layer_1p")
 
     @property
     def config_keys(self) -> set[str]:

@@ -9,6 +9,7 @@ DOTS1 = Family(
     qk_norm="head",
     qkv_bias="attention_bias",
     o_bias="attention_bias",
+    windows="by_layer",
     experts=read_experts,
     keys=EXPERT_KEYS,
 )

@@ -1,7 +1,7 @@
 """GLM-4 (GLM Team 2024): half of each head turns, in neighbouring pairs; the later one has four norms in a layer.
 
 GLM-4.5 (GLM Team 2025) has a mixture of experts after its first layers, Llama's norms, and pairs half of the turning
-dimensions apart.
+dimensions apart. Solar Open (Upstage 2025) is GLM-4.5 with experts in all layers.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from hbserve.model_families.declaration import Experts, Family, LayerNorms
 
 def read_experts(config: Any) -> Experts:
     """Read a mixture with the keys of DeepSeek-V3 (DeepSeek-AI 2024)."""
-    num_dense = config.first_k_dense_replace
+    num_dense = getattr(config, "first_k_dense_replace", 0)
     return Experts(
         num_experts=config.n_routed_experts,
         num_chosen=config.num_experts_per_tok,
@@ -19,6 +19,7 @@ def read_experts(config: Any) -> Experts:
         is_renormalised=config.norm_topk_prob,
         layers=tuple(layer >= num_dense for layer in range(config.num_hidden_layers)),
         scoring="sigmoid",
+        has_bias=True,
         num_groups=config.n_group,
         num_chosen_groups=config.topk_group,
         scale=config.routed_scaling_factor,
@@ -60,6 +61,14 @@ GLM4_MOE = Family(
     qkv_bias="attention_bias",
     is_partly_rotated=True,
     has_draft_layers=True,
+    experts=read_experts,
+    keys=EXPERT_KEYS,
+)
+
+SOLAR_OPEN = Family(
+    "solar_open",
+    "SolarOpenForCausalLM",
+    qkv_bias="attention_bias",
     experts=read_experts,
     keys=EXPERT_KEYS,
 )

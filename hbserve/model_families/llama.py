@@ -1,4 +1,7 @@
-"""Llama (Touvron et al. 2023, Dubey et al. 2024): the layer that all others are compared with."""
+"""Llama (Touvron et al. 2023, Dubey et al. 2024): the layer that all others are compared with.
+
+Code World Model (Meta 2025) has no biases, and windows by layer.
+"""
 
 from hbserve.model_families.declaration import Family
 
@@ -9,3 +12,5 @@ LLAMA = Family(
     o_bias="attention_bias",
     mlp_bias="mlp_bias",
 )
+
+CWM = Family("cwm", "CwmForCausalLM", windows="by_layer")

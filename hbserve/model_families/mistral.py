@@ -1,6 +1,7 @@
 """Mistral (Jiang et al. 2023): Llama without biases, with a sliding window in all layers or in none.
 
 Ministral (2024) has windows by layer, Mixtral (Jiang et al. 2024) a mixture of experts in every layer.
+MiniMax-M2 (MiniMax 2025) chooses such experts by sigmoids with a bias, and has norms of whole projections.
 """
 
 from typing import Any
@@ -18,9 +19,21 @@ def _experts(config: Any) -> Experts:
     )
 
 
-MISTRAL = Family("mistral", "MistralForCausalLM", is_uniform=True)
+def _minimax_experts(config: Any) -> Experts:
+    return Experts(
+        num_experts=config.num_local_experts,
+        num_chosen=config.num_experts_per_tok,
+        inner_size=config.intermediate_size,
+        is_renormalised=True,
+        layers=(True,) * config.num_hidden_layers,
+        scoring="sigmoid",
+        has_bias=True,
+    )
 
-MINISTRAL = Family("ministral", "MinistralForCausalLM")
+
+MISTRAL = Family("mistral", "MistralForCausalLM", windows="uniform")
+
+MINISTRAL = Family("ministral", "MinistralForCausalLM", windows="by_layer")
 
 MIXTRAL = Family(
     "mixtral",
@@ -28,7 +41,20 @@ MIXTRAL = Family(
     mlp="block_sparse_moe",
     up=("w1", "w3"),
     down="w2",
-    is_uniform=True,
+    windows="uniform",
     experts=_experts,
     keys=("num_local_experts", "num_experts_per_tok"),
+)
+
+MINIMAX_M2 = Family(
+    "minimax_m2",
+    "MiniMaxM2ForCausalLM",
+    qk_norm="projection",
+    mlp="block_sparse_moe",
+    up=("w1", "w3"),
+    down="w2",
+    is_partly_rotated=True,
+    experts=_minimax_experts,
+    router_bias="e_score_correction_bias",
+    keys=("num_local_experts", "num_experts", "num_experts_per_tok", "rotary_dim"),
 )

@@ -1,6 +1,7 @@
 """OLMo 2 (Walsh et al. 2024) and OLMo 3 (2025): norms of what a block adds to the stream, none of what it reads.
 
-OLMoE (Muennighoff et al. 2024) has Llama's norms, and a mixture of experts in every layer.
+OLMoE (Muennighoff et al. 2024) has Llama's norms, and a mixture of experts in every layer. FlexOlmo (Shi et al. 2025)
+has the norms of OLMo 2 and such experts.
 """
 
 import dataclasses
@@ -36,7 +37,9 @@ OLMO2 = Family(
     o_bias="attention_bias",
 )
 
-OLMO3 = dataclasses.replace(OLMO2, model_type="olmo3", architecture="Olmo3ForCausalLM", has_rope_by_type=True)
+OLMO3 = dataclasses.replace(
+    OLMO2, model_type="olmo3", architecture="Olmo3ForCausalLM", windows="by_layer", has_rope_by_type=True
+)
 
 OLMOE = Family(
     "olmoe",
@@ -47,4 +50,12 @@ OLMOE = Family(
     experts=_experts,
     keys=("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"),
     fixed={"clip_qkv": (None,)},
+)
+
+FLEX_OLMO = dataclasses.replace(
+    OLMO2,
+    model_type="flex_olmo",
+    architecture="FlexOlmoForCausalLM",
+    experts=_experts,
+    keys=OLMOE.keys,
 )

@@ -8,5 +8,5 @@ PHI3 = Family(
     qkv=("qkv_proj",),
     up=("gate_up_proj",),
     is_partly_rotated=True,
-    is_uniform=True,
+    windows="uniform",
 )

@@ -1,4 +1,7 @@
-"""Qwen2 (Yang et al. 2024) and Qwen3 (Yang et al. 2025), dense and with a mixture of experts."""
+"""Qwen2 (Yang et al. 2024) and Qwen3 (Yang et al. 2025), dense and with a mixture of experts.
+
+Mellum 2 (JetBrains 2026) is Qwen3 with experts, and with windows and rotary embeddings by layer.
+"""
 
 import dataclasses
 from typing import Any
@@ -18,7 +21,17 @@ def _experts(config: Any) -> Experts:
     )
 
 
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True)
+def _mellum_experts(config: Any) -> Experts:
+    return Experts(
+        num_experts=config.num_local_experts,
+        num_chosen=config.num_experts_per_tok,
+        inner_size=config.moe_intermediate_size,
+        is_renormalised=config.norm_topk_prob,
+        layers=tuple(kind == "sparse" for kind in config.mlp_layer_types),
+    )
+
+
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, windows="by_layer")
 
 _EXPERT_KEYS = (
     *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
@@ -29,6 +42,7 @@ QWEN2_MOE = Family(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
     qkv_bias="qkv_bias",
+    windows="by_layer",
     experts=lambda config: dataclasses.replace(
         _experts(config), shared_size=config.shared_expert_intermediate_size, has_shared_gate=True
     ),
@@ -42,6 +56,7 @@ QWEN3 = Family(
     qk_norm="head",
     qkv_bias="attention_bias",
     o_bias="attention_bias",
+    windows="by_layer",
 )
 
 QWEN3_MOE = Family(
@@ -50,7 +65,23 @@ QWEN3_MOE = Family(
     qk_norm="head",
     qkv_bias="attention_bias",
     o_bias="attention_bias",
-    is_uniform=True,
+    windows="uniform",
     experts=_experts,
     keys=_EXPERT_KEYS,
+)
+
+MELLUM = Family(
+    "mellum",
+    "MellumForCausalLM",
+    qk_norm="head",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    windows="by_layer",
+    has_rope_by_type=True,
+    has_draft_layers=True,
+    experts=_mellum_experts,
+    keys=(
+        *("num_local_experts", "num_experts", "num_experts_per_tok"),
+        *("moe_intermediate_size", "norm_topk_prob", "mlp_layer_types"),
+    ),
 )

@@ -8,6 +8,7 @@ SMOLLM3 = Family(
     qkv_bias="attention_bias",
     o_bias="attention_bias",
     mlp_bias="mlp_bias",
+    windows="by_layer",
     rotated_layers=lambda config: config.no_rope_layers,
     keys=("no_rope_layers", "no_rope_layer_interval"),
 )

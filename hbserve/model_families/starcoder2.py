@@ -9,10 +9,9 @@ STARCODER2 = Family(
     up=("c_fc",),
     down="c_proj",
     is_gated=False,
-    activation="gelu_tanh",
     qkv_bias="use_bias",
     o_bias="use_bias",
     mlp_bias="use_bias",
     norm_eps_key="norm_epsilon",
-    is_uniform=True,
+    windows="uniform",
 )

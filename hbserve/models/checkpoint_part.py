@@ -58,6 +58,19 @@ class CheckpointPart:
 
 
 @dataclass(frozen=True)
+class CheckpointVector(CheckpointPart):
+    """A whole vector, which may have further dimensions of size 1 in the checkpoint."""
+
+    is_slice: ClassVar[bool] = False
+
+    def has_shape(self, shape: tuple[int, ...]) -> bool:
+        return math.prod(shape) == max(shape, default=0) == self.shape[0]
+
+    def read(self, source: Any, device: torch.device) -> Tensor:
+        return cast(Tensor, source[...]).flatten()
+
+
+@dataclass(frozen=True)
 class KVScalePart(CheckpointPart):
     """Scales of a layer's keys or values: of each KV head, or of all; start and stop are this rank's heads."""
 

@@ -168,7 +168,9 @@ class Decoder:
         layer, ops = self.layers[index], self._ops
         ops.add_linear(stream, attended.flatten(1), layer.o, layer.attention_out_norm)
         if isinstance(layer.mlp, ExpertWeights):
-            ops.add_experts(stream, layer.mlp_in_norm, layer.mlp, index, attention.slot_mapping)
+            ops.add_experts(
+                stream, layer.mlp_in_norm, layer.mlp, index, attention.slot_mapping, norm=layer.mlp_out_norm
+            )
             return
         up, down = layer.mlp
         inner = ops.norm_up_linear(stream, layer.mlp_in_norm, up, reader=down)

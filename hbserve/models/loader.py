@@ -135,8 +135,8 @@ def fill_dummy_weights(spec: ModelSpec, table: WeightTable, arena: Tensor, seed:
 
 def _fill_norm(parameters: Tensor, spec: ModelSpec) -> None:
     """Let a norm have the factor 1, and no bias."""
-    parameters.fill_(0 if spec.family.norm == "gemma_rms" else 1)
-    if spec.family.norm == "layer":
+    parameters.fill_(0 if spec.family.norm in ("gemma_rms", "layer_1p") else 1)
+    if spec.family.has_norm_bias:
         parameters.chunk(2)[1].zero_()
 
 
@@ -205,7 +205,9 @@ def _is_harmless(name: str, spec: ModelSpec) -> bool:
     if spec.kv_format is None and any(name.endswith(pair) for pair in KV_SCALE_NAMES):
         return True
     layer = name.removeprefix("model.layers.").partition(".")[0]
-    if spec.family.has_draft_layers and layer.isdecimal() and int(layer) >= spec.num_layers:
+    if spec.family.has_draft_layers and (
+        name.startswith(("mtp.", "model.mtp")) or (layer.isdecimal() and int(layer) >= spec.num_layers)
+    ):
         return True
     return name.endswith("rotary_emb.inv_freq") or (spec.tied_embeddings and name == LM_HEAD)
 

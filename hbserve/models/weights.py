@@ -25,7 +25,7 @@ from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
 from hbserve.model_families.declaration import Experts
 from hbserve.model_spec import DTYPES, EMBEDDING, LM_HEAD, ModelSpec
-from hbserve.models.checkpoint_part import CheckpointPart, KVScalePart, Parameter
+from hbserve.models.checkpoint_part import CheckpointPart, CheckpointVector, KVScalePart, Parameter
 from hbserve.models.schemes import matrix_parameters
 from hbserve.weight_format import Fp8Format
 
@@ -85,9 +85,9 @@ class WeightTable(msgspec.Struct, frozen=True):
 
 
 def _is_exact(name: str, spec: ModelSpec) -> bool:
-    """Whether a parameter is float32 in every serving dtype: small differences of sigmoids choose the experts."""
+    """Whether a parameter is float32 in every serving dtype: small differences choose the experts."""
     kind = name.rpartition(".")[2]
-    return kind in ("router", "router_bias") and spec.experts is not None and spec.experts.scoring == "sigmoid"
+    return kind in ("router", "router_bias") and spec.experts is not None and spec.experts.has_bias
 
 
 def _view(arena: Tensor, entry: WeightEntry) -> Tensor:
@@ -175,8 +175,9 @@ class _Sharding:
         inner = _Slice(experts.inner_size, list(columns))
         names = [f"{prefix}experts.{expert}." for expert in range(*local)]
         yield "router", (_part(f"{prefix}gate.weight", (experts.num_experts, hidden)),)
-        if experts.scoring == "sigmoid":
-            yield "router_bias", (_part(f"{prefix}gate.e_score_correction_bias", (experts.num_experts,)),)
+        if experts.has_bias:
+            bias = CheckpointVector(f"{prefix}{family.router_bias}", (experts.num_experts,), 0, 0, experts.num_experts)
+            yield "router_bias", (bias,)
         ups = (f"{name}{source}.weight" for name in names for source in family.up)
         # Inputs of experts stay as they are, so scales of them are not read.
         expert_format = self.spec.weight_format and replace(self.spec.weight_format, is_static=False)
@@ -195,7 +196,7 @@ class _Sharding:
                 yield "shared_gate", (_part(f"{shared}_gate.weight", (1, hidden)),)
 
     def _norm(self, place: str, source: str) -> Parameter:
-        names = ("weight", "bias") if self.spec.family.norm == "layer" else ("weight",)
+        names = ("weight", "bias") if self.spec.family.has_norm_bias else ("weight",)
         return f"{place}_norm", tuple(_part(f"{source}.{name}", (self.spec.hidden_size,)) for name in names)
 
     def _column_parallel(

@@ -39,19 +39,19 @@ def mixture(num_experts: int, num_chosen: int, router: str = "softmax") -> Exper
         return dataclasses.replace(softmax, is_renormalised=False, num_groups=4, num_chosen_groups=1)
     if router == "sigmoid groups":
         softmax = dataclasses.replace(softmax, num_groups=5, num_chosen_groups=3)
-    return softmax if router == "softmax" else dataclasses.replace(softmax, scoring="sigmoid", scale=2.5)
+    return softmax if router == "softmax" else dataclasses.replace(softmax, scoring="sigmoid", has_bias=True, scale=2.5)
 
 
 def parameters(experts: Experts, skew: float) -> ExpertWeights:
     """Make weights; with ``skew`` the router prefers some experts by far."""
     hidden, scales = HIDDEN, torch.logspace(0, -skew, experts.num_experts, device=DEVICE)
     router = random(experts.num_experts, hidden) * scales[:, None]
-    is_sigmoid = experts.scoring == "sigmoid"
+    has_bias = experts.has_bias
     return ExpertWeights(
-        router=router.float() * 0.05 if is_sigmoid else router.to(DTYPE),
+        router=router.float() * 0.05 if has_bias else router.to(DTYPE),
         up=random(experts.num_experts * 2 * experts.inner_size, hidden, scale=hidden**-0.5),
         down=random(experts.num_experts * hidden, experts.inner_size, scale=experts.inner_size**-0.5),
-        router_bias=torch.randn(experts.num_experts, device=DEVICE) if is_sigmoid else None,
+        router_bias=torch.randn(experts.num_experts, device=DEVICE) if has_bias else None,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 # on busy cores more threads than one wait for each other longer than tiny tensors take
@@ -170,7 +170,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "phi3_partial": {"model_type": "phi3", "num_attention_heads": 2, "partial_rotary_factor": 0.75},
-    "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "olmo2": {"model_type": "olmo2", "attention_bias": True, "hidden_act": "relu"},
     "olmo3": {
         "model_type": "olmo3",
         "sliding_window": 24,
@@ -198,6 +198,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "ministral": {
         "model_type": "ministral",
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
         "head_dim": 16,
         "sliding_window": 24,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -211,12 +212,81 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 32, "attention_out_bias": True, "mlp_bias": True},
     "ernie4_5": {"model_type": "ernie4_5", "use_bias": True},
-    "helium": {"model_type": "helium", "head_dim": 16, "attention_bias": True, "mlp_bias": True},
+    "helium": {"model_type": "helium", "head_dim": 16, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
     "starcoder2": {"model_type": "starcoder2", "use_bias": True, "sliding_window": 40, "tie_word_embeddings": True},
+    "arcee": {"model_type": "arcee", "head_dim": 32, "attention_bias": True, "mlp_bias": True},
+    "nemotron": {"model_type": "nemotron", "head_dim": 32, "attention_bias": True, "mlp_bias": True},
+    "jais2": {"model_type": "jais2", "head_dim": 16},
+    "stablelm": {"model_type": "stablelm", "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "hyperclovax": {
+        "model_type": "hyperclovax",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 0.25,
+    },
+    "solar_open": {
+        "model_type": "solar_open",
+        "head_dim": 32,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 6,
+        "moe_intermediate_size": 48,
+        "attention_bias": True,
+    },
+    "exaone_moe": {
+        "model_type": "exaone_moe",
+        "head_dim": 16,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "num_shared_experts": 1,
+    },
+    "minimax_m2": {
+        "model_type": "minimax_m2",
+        "head_dim": 32,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "rotary_dim": 16,
+    },
+    "mellum": {
+        "model_type": "mellum",
+        "head_dim": 32,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+    },
+    "ernie4_5_moe": {
+        "model_type": "ernie4_5_moe",
+        "moe_num_experts": 6,
+        "moe_k": 2,
+        "moe_intermediate_size": 48,
+        "moe_num_shared_experts": 1,
+        "tie_word_embeddings": True,
+    },
+    "flex_olmo": {
+        "model_type": "flex_olmo",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "attention_bias": True,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
 }
 """Configurations by name; what is not said is `_BASE`'s."""
 
-_SHARED = ("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma")
+MODELS = {name: options for name, options in MODELS.items() if options["model_type"] in CONFIG_MAPPING}
+"""The same without those that the installed transformers is too old for."""
+
+_SHARED = (
+    *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
+    *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo"),
+)
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
 """Models that do not share all of their attention with another one here."""
 

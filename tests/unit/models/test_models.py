@@ -378,9 +378,27 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention.* not supported"),
         ("llama", {"rope_parameters": {"rope_type": ["default"], "rope_theta": 1e4}}, "rope_type"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
+        ("llama", {"hidden_act": "quick_gelu"}, 'hidden_act "quick_gelu" is not supported; supported are silu'),
         ("llama", {"head_dim": 15}, "15"),
-        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation 'gelu' is not .*gelu_pytorch_tanh"),
+        (
+            "glm4",
+            {"sliding_window": 24, "layer_types": ["sliding_attention"] * 3},
+            "layer_types of Glm4ForCausalLM is not supported; all layers are of type full_attention",
+        ),
+        (
+            "olmo3",
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {
+                        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False},
+                        "original_max_position_embeddings": 64,
+                    },
+                }
+            },
+            "rope_parameters.full_attention: truncate false is not supported",
+        ),
+        ("gemma2", {"hidden_activation": "tanh"}, 'hidden_activation "tanh" is not .*gelu_pytorch_tanh'),
         ("gemma2", {"query_pre_attn_scalar": 0}, "factor or soft cap of attention must be positive"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("granite", {"residual_multiplier": float("inf")}, "factor or soft cap of residual must be"),
@@ -402,8 +420,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("mistral", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
-            "rope_type 'dynamic' is not supported; supported are default, linear, llama3, yarn, longrope",
+            {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4, "factor": 4.0}},
+            "rope_type 'ntk' is not supported; supported are default, linear, dynamic, llama3, yarn, longrope",
         ),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0}}, "low_freq_factor"),
         (
