@@ -266,14 +266,21 @@ class KVTiers:
         """
         tiers = self._usable(instance) if self._worker(instance) is not None else []
         runs: list[StoredRun] = []
-        for index in range(first, len(keys) if tiers else first):
-            found = next(((tier, entry) for tier in tiers if (entry := tier.directory.get(keys[index]))), None)
-            if found is None:
+        index, end = first, len(keys)
+        while index < end:
+            for number, tier in enumerate(tiers):
+                entries: list[TierEntry] = []
+                faster = [other.directory for other in tiers[:number]]
+                while index < end and (entry := tier.directory.get(keys[index])) is not None:
+                    if faster and any(directory.get(keys[index]) for directory in faster):
+                        break
+                    entries.append(entry)
+                    index += 1
+                if entries:
+                    runs.append(StoredRun(tier, index - len(entries), entries))
+                    break
+            else:
                 break
-            tier, entry = found
-            if not runs or runs[-1].tier is not tier:
-                runs.append(StoredRun(tier, index, []))
-            runs[-1].entries.append(entry)
         if not runs:
             return runs
         assert instance.hello is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -247,6 +248,26 @@ def test_what_a_lost_instance_had_computed_is_loaded() -> None:
     system.ask(PROMPT)
     system.answer(system.loads()[0])
     assert [*system.prompt_rows()] == [(64, 6)]
+
+
+def test_what_a_preempted_request_had_computed_is_loaded() -> None:
+    system = System(num_blocks=9)
+    system.scheduler._requests.tiers._compute_s = lambda tokens, start: math.inf
+    system.is_paused = True
+    system.ask([*range(1, 41)], max_tokens=72)
+    system.ask([*range(101, 141)], max_tokens=72)
+    system.go_on()
+    while system.copies:
+        system.answer_all()
+    stats = system.scheduler._stats.collect(False)["cpu_scheduler"]
+    assert stats["preemptions"] == 1
+    assert [output.finish_reason for output in system.outputs if output.finish_reason] == ["length"] * 2
+    assert system.stats["loaded_blocks"] > 0
+    first, second, again = system.prompt_rows()
+    assert (first, second) == ((0, 40), (0, 40))
+    assert 40 < again[0] + again[1] < 112
+    assert again[1] <= 16  # what was sealed is not computed again
+    assert system.num_free == 9
 
 
 def test_copies_of_a_lost_instance_leave_nothing_behind() -> None:
