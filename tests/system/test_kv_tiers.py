@@ -128,8 +128,10 @@ def check_answers(folder: str, cases: list[Case], **settings: Any) -> None:
         # The memory of the device is lost. That of the host is not.
         before = tier(llm)["loaded_blocks"]
         instances = llm.get_system_stats()["gpu_instances"]
-        for instance in instances.values():
-            os.kill(instance["pid"], signal.SIGKILL)
+        for name, instance in instances.items():
+            supervisor = llm.supervisors.get(name)
+            holder = supervisor.get_status()["resident_manager"]["resident_process"] if supervisor else instance
+            os.kill(holder["pid"], signal.SIGKILL)
         ask_one_by_one(llm, cases)
         assert tier(llm)["loaded_blocks"] > before
         assert tier(llm)["failures"]["checksum"] == wrong
