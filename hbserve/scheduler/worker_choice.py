@@ -313,8 +313,10 @@ class WorkerChoice:
         max_step_s = _STEP_SHARE * ttft_s
         limit = StepLimit(max_step_s, batch_alone_s=_BATCH_SHARE * ttft_s, batch_delay_s=_BATCH_DELAY * ttft_s)
         decoding: list[tuple[Sequence, KVAllocation]] = []
-        waiting_tokens = 0
+        waiting_tokens, now = 0, self._clock.now
         for sequence, allocation in self._allocations.items():
+            if sequence.planned_from > now:  # no step can have it yet, so no other row makes room for it
+                continue
             if allocation.num_planned >= allocation.num_tokens_at_entry:
                 if not sequence.is_batch and sequence.decode_allocation is allocation:
                     decoding.append((sequence, allocation))
@@ -334,7 +336,7 @@ class WorkerChoice:
                 max_tokens = known_tokens
             return limit._replace(prompt_tokens=max_tokens)
         max_tokens = known_tokens
-        now, interval_s = self._clock.now, MIXED_PACE * min(targets_ms) / 1000
+        interval_s = MIXED_PACE * min(targets_ms) / 1000
         if len(phases) < 2:
             seconds = max_step_s if InstanceRole.PREFILL in phases else interval_s
             return limit._replace(seconds=seconds, prompt_tokens=max_tokens, batch_s=interval_s)
