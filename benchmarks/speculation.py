@@ -5,6 +5,9 @@ in which every token is wrong with a given probability. So the engine drafts, ve
 often it is right is forced. Requests sample at temperature 100: the noise decides nearly every token, and it depends
 on seed and position alone. So a last bit of the logits changes at most one token, and the next guesses are right again.
 
+With ``--draft-model`` a second system drafts with that model. It computes every guess, and `benchmarks.forced_drafts`
+replaces the guess by one that is right with the given probability.
+
     rate     output tokens per second, of all requests together, from the first request to the last token
     tpot     mean of the requests' times per output token; unlike the rate it does not depend on the last request alone
     step     time of the device for a step, and tokens of a sequence in one step; both without the steps of prompts
@@ -15,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,7 @@ _TEMPERATURE = 100.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; see `run`."""
     parser.add_argument("--model", default="qwen3-8b", help="folder or shape of a model")
+    parser.add_argument("--draft-model", help="folder or shape of a draft model")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 32, 256], help="requests at a time")
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.89, 0.7, 0.0], help="right guesses, 0 to 1")
     parser.add_argument("--prompt-tokens", type=positive, default=128)
@@ -46,30 +52,90 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model = find_model(arguments.model)
     engine = engine_arguments(arguments, model)
     lines: list[dict[str, Any]] = []
-    heads = ("batch", "accept", "tokens/s", "gain", "tpot, ms", "gain", "step, ms", "tokens/step", "accepted", "equal")
-    print("{:>6} {:>7} {:>10} {:>6} {:>9} {:>6} {:>9} {:>12} {:>9} {:>8}".format(*heads), flush=True)
+    if arguments.draft_model is not None:
+        return _run_draft_model(arguments, str(model), engine, lines)
+    _print_heads()
     with LLM(str(model), **engine) as llm:
         rng = random.Random(arguments.seed)
-        vocab_size = llm._llm.engine.vocab_size
-        _generate(llm, [[1] * 16], [SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)])
+        _warm_up(llm)
         for batch in arguments.batch:
-            prompts = [rng.choices(range(vocab_size), k=arguments.prompt_tokens) for _ in range(batch)]
-            plain = [
-                SamplingParams(temperature=_TEMPERATURE, seed=seed, max_tokens=arguments.output_tokens, ignore_eos=True)
-                for seed in range(batch)
-            ]
-            _generate(llm, prompts, [msgspec.structs.replace(one, max_tokens=1) for one in plain])  # into the cache
+            prompts, plain = _requests(rng, llm, batch, arguments)
             expected, base = _generate(llm, prompts, plain)
             _show(lines, {"batch": batch, "acceptance": None} | base, base, 1.0)
             for acceptance in arguments.acceptance:
+                vocab_size = llm._llm.engine.vocab_size
                 predicted = [
                     msgspec.structs.replace(one, prediction=_guesses(rng, output, acceptance, vocab_size))
                     for one, output in zip(plain, expected, strict=True)
                 ]
                 outputs, found = _generate(llm, prompts, predicted)
                 _show(lines, {"batch": batch, "acceptance": acceptance} | found, base, _equal(outputs, expected))
-        device = next(iter(llm.get_system_stats()["gpu_instances"].values()))["device"]
-    result = {"model": model.name, "device": device, "engine": engine, "lines": lines}
+        return _result(arguments, llm, model.name, engine, lines)
+
+
+def _run_draft_model(
+    arguments: argparse.Namespace, model: str, engine: dict[str, Any], lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Measure a system without drafts, and then one with a draft model that is right as often as wanted."""
+    _print_heads()
+    plain = {}
+    with LLM(model, **engine) as llm:
+        _warm_up(llm)
+        rng = random.Random(arguments.seed)
+        for batch in arguments.batch:
+            prompts, sampling = _requests(rng, llm, batch, arguments)
+            expected, base = _generate(llm, prompts, sampling)
+            plain[batch] = prompts, sampling, expected, base
+            _show(lines, {"batch": batch, "acceptance": None} | base, base, 1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        forced = Path(folder) / "forced.json"
+        os.environ["HBSERVE_FORCED_DRAFTS"] = str(forced)
+        paths = [str(Path(__file__).parent / "forced_drafts"), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        forced.write_text(json.dumps({"acceptance": 0.0, "prompt_tokens": 0, "outputs": {}}))
+        engine = engine | {"speculation_method": "draft_model"}
+        draft_model = str(find_model(arguments.draft_model))
+        with LLM(model, **engine, speculation_model=draft_model) as llm:
+            _warm_up(llm)
+            for batch, (prompts, sampling, expected, base) in plain.items():
+                for acceptance in arguments.acceptance:
+                    outputs = {one.seed: output for one, output in zip(sampling, expected, strict=True)}
+                    known = {"acceptance": acceptance, "prompt_tokens": arguments.prompt_tokens, "outputs": outputs}
+                    forced.write_text(json.dumps(known))
+                    found_outputs, found = _generate(llm, prompts, sampling)
+                    line = {"batch": batch, "acceptance": acceptance} | found
+                    _show(lines, line, base, _equal(found_outputs, expected))
+            return _result(arguments, llm, Path(model).name, engine | {"draft_model": arguments.draft_model}, lines)
+
+
+def _print_heads() -> None:
+    heads = ("batch", "accept", "tokens/s", "gain", "tpot, ms", "gain", "step, ms", "tokens/step", "accepted", "equal")
+    print("{:>6} {:>7} {:>10} {:>6} {:>9} {:>6} {:>9} {:>12} {:>9} {:>8}".format(*heads), flush=True)
+
+
+def _warm_up(llm: LLM) -> None:
+    _generate(llm, [[1] * 16], [SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)])
+
+
+def _requests(
+    rng: random.Random, llm: LLM, batch: int, arguments: argparse.Namespace
+) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Make a batch of requests; their prompts are then in the cache."""
+    vocab_size = llm._llm.engine.vocab_size
+    prompts = [rng.choices(range(vocab_size), k=arguments.prompt_tokens) for _ in range(batch)]
+    sampling = [
+        SamplingParams(temperature=_TEMPERATURE, seed=seed, max_tokens=arguments.output_tokens, ignore_eos=True)
+        for seed in range(batch)
+    ]
+    _generate(llm, prompts, [msgspec.structs.replace(one, max_tokens=1) for one in sampling])
+    return prompts, sampling
+
+
+def _result(
+    arguments: argparse.Namespace, llm: LLM, model: str, engine: dict[str, Any], lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    device = next(iter(llm.get_system_stats()["gpu_instances"].values()))["device"]
+    result = {"model": model, "device": device, "engine": engine, "lines": lines}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return result
@@ -103,13 +169,13 @@ def _generate(
 def _counts(llm: LLM) -> dict[str, float]:
     stats = llm.get_system_stats()
     work = list(stats["gpu_instances"].values())
-    drafts = stats["cpu_scheduler"]["speculation"]["prediction"]
+    drafters = stats["cpu_scheduler"]["speculation"].values()
     return {
         "steps": sum(one["steps"] for one in work),
         "busy_s": sum(one["busy_s"] for one in work),
         "tpot_s": stats["metrics"]["histograms"]["time_per_output_token_seconds"]["sum"],
-        "drafted": drafts["drafted_tokens"],
-        "accepted": drafts["accepted_tokens"],
+        "drafted": sum(drafts["drafted_tokens"] for drafts in drafters),
+        "accepted": sum(drafts["accepted_tokens"] for drafts in drafters),
     }
 
 

@@ -101,6 +101,22 @@ def read_vocabulary(folder: Path, loaded: LoadedTokenizer | None = None) -> str:
     return written
 
 
+def token_numbers(folder: Path) -> dict[str, int]:
+    """Return the number of each token of a folder's tokenizer, added tokens included.
+
+    Raises:
+        ModelError: as `read_vocabulary`, or its tokenizer.json has no vocabulary.
+    """
+    try:
+        document = json.loads(read_vocabulary(folder))
+        pieces = document["model"]["vocab"]
+        if not isinstance(pieces, dict):
+            pieces = {piece: number for number, (piece, *_) in enumerate(pieces)}
+        return {**pieces, **{token["content"]: token["id"] for token in document.get("added_tokens") or ()}}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}: its tokenizer.json has no vocabulary that can be read ({error!r})") from None
+
+
 def is_of_library(error: BaseException) -> bool:
     """Whether an error may come from transformers or tokenizers: they raise many kinds, and a panic is no Exception."""
     return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError)

@@ -87,6 +87,7 @@ class PdDisaggConfig:
     cuda_graph_enabled: bool | None = None
     cuda_graph_max_seq_len: int | None = None
     speculation_method: str | None = None
+    speculation_model: str | os.PathLike[str] | None = None
     max_draft_tokens: int | None = None
     prefill_percentage: int | None = None
     decode_percentage: int | None = None

@@ -127,10 +127,10 @@ FOREIGN_NAMES = _table(
         (
             "speculative_model speculative_draft_model_path",
             _BOTH,
-            None,
-            "HBServe guesses from text (speculation.method), without a draft model",
+            "speculation.model",
+            "the draft model's folder or name, with speculation.method draft_model",
         ),
-        ("speculative_config speculative_algorithm", _BOTH, "speculation.method", "ngram, suffix or auto"),
+        ("speculative_config speculative_algorithm", _BOTH, "speculation.method", "ngram, suffix, draft_model or auto"),
         ("num_speculative_tokens speculative_num_draft_tokens", _BOTH, "speculation.max_draft_tokens", "1 to 15"),
         # prefill and decode apart
         ("disaggregation_mode", _SGLANG, "mode", "disaggregated; the roles stand in gpu_instances, as instance_type"),

@@ -177,6 +177,9 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
         )
         for rank, instance in enumerate(given.gpu_instances)
     )
+    speculation = given.speculation
+    if speculation.model is not None:
+        speculation = replace(speculation, model=_resolve(speculation.model, base_dir, "speculation.model"))
     if rpc.key_file is not None:
         rpc = replace(rpc, key_file=_find_key_file(rpc.key_file, base_dir))
     config = replace(
@@ -184,6 +187,7 @@ def _complete(given: Config, base_dir: Path | None) -> Config:
         model=model,
         gpu_instances=instances or default_instances(given.mode, size),
         rpc=rpc,
+        speculation=speculation,
         semi_pd=_complete_semi_pd(given.semi_pd),
     )
     _validate(config)
@@ -311,12 +315,21 @@ def _validate(config: Config, is_whole: bool = True) -> None:
     if block_size is not None and block_size & (block_size - 1):
         raise _error("performance.block_size", f"must be a power of two, got {block_size}")
     _validate_kv_transfer(config)
+    _validate_speculation(config)
     _validate_kv_tiers(config)
     _validate_semi_pd(config)
     _validate_roles(config, is_whole)
     _require_key(config)
     _validate_addresses(config)
     _validate_launcher(config)
+
+
+def _validate_speculation(config: Config) -> None:
+    given = config.speculation
+    if given.method == "draft_model" and given.model is None:
+        raise _error("speculation.model", "name the draft model's folder, or choose another speculation.method")
+    if given.method not in ("draft_model", "auto") and given.model is not None:
+        raise _error("speculation.model", f"has no effect with method {given.method}; choose draft_model or auto")
 
 
 def _validate_kv_transfer(config: Config) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from hbserve.attention import select_attention_backend
 from hbserve.config import Config
+from hbserve.engine.draft_model.arenas import DraftArenas, DraftPart
 from hbserve.engine.step_board import StepBoard
 from hbserve.errors import ConfigError, StartupError
 from hbserve.float8 import FP8
@@ -56,6 +57,7 @@ class ArenaAttachment(msgspec.Struct, frozen=True):
             no sequence gets it.
         board: handle of a `StepBoard`'s memory.
         spec: of the model, as `ModelSpec.as_plain`.
+        draft_spec, draft_table: of the draft model, which comes after the model in both arenas; None: there is none.
     """
 
     epoch: int
@@ -69,6 +71,8 @@ class ArenaAttachment(msgspec.Struct, frozen=True):
     max_model_len: int
     board: str
     spec: dict[str, Any]
+    draft_spec: dict[str, Any] | None = None
+    draft_table: WeightTable | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Arenas:
         kv_handle: with which other processes of the host attach to the KV arena; None: they cannot.
         max_model_len: most tokens of prompt and output together.
         board: uint8, memory of a `StepBoard`; None in arenas that this process made: no other worker uses them.
+        draft: the draft model's part of both arenas; None: there is none.
     """
 
     weights: torch.Tensor
@@ -93,6 +98,7 @@ class Arenas:
     max_model_len: int
     kv_handle: str | None = None
     board: torch.Tensor | None = None
+    draft: DraftArenas | None = None
 
 
 def check_fp8(spec: ModelSpec, platform: Platform) -> None:
@@ -159,6 +165,8 @@ def share_arenas(
         max_model_len=arenas.max_model_len,
         board=board.handle,
         spec=spec.as_plain(),
+        draft_spec=None if arenas.draft is None else arenas.draft.part.spec.as_plain(),
+        draft_table=None if arenas.draft is None else arenas.draft.part.table,
     )
 
 
@@ -183,13 +191,19 @@ def attach_arenas(
         StartupError: if the arenas are gone.
     """
     try:
-        weights = platform.attach_arena(attachment.weights, attachment.table.num_bytes)
+        num_draft_bytes = 0 if attachment.draft_table is None else attachment.draft_table.num_bytes
+        weights = platform.attach_arena(attachment.weights, attachment.table.num_bytes + num_draft_bytes)
         kv = platform.attach_arena(attachment.kv, attachment.kv_bytes)
         board_bytes = StepBoard.num_bytes(config.performance.max_num_seqs)
         board = platform.attach_shared_host(attachment.board, board_bytes)
     except RuntimeError as error:
         raise StartupError(f"cannot attach to the resident arenas: {error}") from None
     layout = _layout(config, spec, attachment.block_size, parallel)
+    part = None
+    if attachment.draft_spec is not None and attachment.draft_table is not None:
+        draft_spec = ModelSpec.from_plain(attachment.draft_spec)
+        part = DraftPart.attached(config, draft_spec, attachment.draft_table, attachment.block_size, parallel)
+    num_arena_blocks = attachment.num_blocks + 1
     return Arenas(
         weights,
         attachment.table,
@@ -200,6 +214,7 @@ def attach_arenas(
         attachment.max_model_len,
         attachment.kv,
         board,
+        _draft_arenas(part, attachment.table, weights, layout, kv, num_arena_blocks),
     )
 
 
@@ -220,34 +235,55 @@ def _make(
     is_dummy = config.model.load_format == "dummy"
     if not is_dummy:
         check_weights(config.model.path, spec)  # before memory of the size that config.json asks for is allocated
-    weights = allocate_weights(table.num_bytes, "the model's weights")
-    if is_dummy:
-        fill_dummy_weights(spec, table, weights, config.model.seed, config.model.dummy_expert_skew)
-    else:
-        load_weights(config.model.path, spec, table, weights, *share)
     block_size = config.performance.block_size or backend.preferred_block_size
     if block_size % backend.block_size_multiple:
         raise ConfigError(
             f"performance.block_size: {backend.name} attention needs a multiple of "
             f"{backend.block_size_multiple}, not {block_size}"
         )
+    part = DraftPart.load(config, spec, block_size, platform, parallel)
+    num_draft_bytes = 0 if part is None else part.table.num_bytes
+    weights = allocate_weights(table.num_bytes + num_draft_bytes, "the model's weights")
+    if is_dummy:
+        fill_dummy_weights(spec, table, weights, config.model.seed, config.model.dummy_expert_skew)
+    else:
+        load_weights(config.model.path, spec, table, weights, *share)
     layout = _layout(config, spec, block_size, parallel)
-    size = agree(_size_kv(config, spec, layout, platform, parallel.size))
-    kv_bytes = (size.num_blocks + num_spare_blocks) * layout.block_bytes
-    kv = allocate_kv(kv_bytes, f"a KV cache of {size.num_blocks} blocks")
-    return Arenas(weights, table, kv, layout, size.num_blocks, None, size.max_model_len)
+    max_len, block_bytes = spec.max_position_embeddings, layout.block_bytes
+    if part is not None:
+        part.load_weights(config, weights[table.num_bytes :], parallel)
+        max_len, block_bytes = min(max_len, part.spec.max_position_embeddings), block_bytes + part.layout.block_bytes
+    size = agree(_size_kv(config, max_len, block_size, block_bytes, platform, parallel.size))
+    num_arena_blocks = size.num_blocks + num_spare_blocks
+    kv = allocate_kv(num_arena_blocks * block_bytes, f"a KV cache of {size.num_blocks} blocks")
+    draft = _draft_arenas(part, table, weights, layout, kv, num_arena_blocks)
+    return Arenas(weights, table, kv, layout, size.num_blocks, None, size.max_model_len, draft=draft)
 
 
-def _size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platform, tp_size: int = 1) -> KVSize:
+def _draft_arenas(
+    part: DraftPart | None, table: WeightTable, weights: torch.Tensor, layout: KVLayout, kv: torch.Tensor, blocks: int
+) -> DraftArenas | None:
+    if part is None:
+        return None
+    return DraftArenas(part, weights[table.num_bytes :], kv[blocks * layout.block_bytes :])
+
+
+def _size_kv(
+    config: Config, limit: int, block_size: int, block_bytes: int, platform: Platform, tp_size: int = 1
+) -> KVSize:
     """Fit a rank's KV pool to configuration, model and memory; on CPU the ``tp_size`` ranks share the memory.
 
     ``performance.num_blocks`` counts if it is given. Else the pool takes ``memory_fraction`` of the free memory. On CPU
     it also takes at most 4 GiB, and at most what ``max_num_seqs`` sequences of the greatest length could fill.
 
+    Args:
+        limit: tokens of a sequence that the model can take, and the draft model if there is one.
+        block_bytes: of a block, the draft model's included.
+
     Raises:
         ConfigError: if one sequence of the configured length does not fit.
     """
-    asked, limit = config.model.max_model_len, spec.max_position_embeddings
+    asked = config.model.max_model_len
     if asked is not None and asked > limit:
         raise ConfigError(f"model.max_model_len: {asked} tokens are more than the model's own limit, {limit}")
     wanted_len = asked or limit
@@ -257,20 +293,20 @@ def _size_kv(config: Config, spec: ModelSpec, layout: KVLayout, platform: Platfo
         free = platform.free_memory_bytes()
         if platform.name == "cpu":
             free //= tp_size
-        num_blocks = layout.num_blocks_in(int(free * performance.memory_fraction))
+        num_blocks = int(free * performance.memory_fraction) // block_bytes
         if platform.name == "cpu":
-            per_sequence = -(-wanted_len // layout.block_size)
-            max_blocks = min(per_sequence * performance.max_num_seqs, layout.num_blocks_in(_MAX_CPU_BYTES // tp_size))
+            per_sequence = -(-wanted_len // block_size)
+            max_blocks = min(per_sequence * performance.max_num_seqs, _MAX_CPU_BYTES // tp_size // block_bytes)
             num_blocks = min(num_blocks, max(max_blocks, per_sequence if asked is not None else 1))
         source = f"performance.memory_fraction: {performance.memory_fraction} of {free / (1 << 30):.1f} GiB free"
     else:
         source = f"performance.num_blocks: {num_blocks} blocks"
-    capacity = num_blocks * layout.block_size
+    capacity = num_blocks * block_size
     min_tokens = asked or 1
     if capacity < min_tokens:
         raise ConfigError(
             f"{source} gives a KV cache of {capacity} tokens, fewer than a sequence of {min_tokens} needs; "
-            f"one block of {layout.block_size} tokens takes {layout.block_bytes} bytes"
+            f"one block of {block_size} tokens takes {block_bytes} bytes"
         )
     return KVSize(num_blocks, min(wanted_len, capacity))
 

@@ -136,18 +136,29 @@ class DecodeGraphs:
     Args:
         max_seq_len: a batch with a longer sequence does not fit, and runs eagerly.
         defers: capture only some sizes now, and leave the others to `capture`.
+        drafts: of a draft model: few sizes, and the last sample of each row is fed back (`Samples.feeds_every_row`).
+        pool: memory pool of graphs that never run at the same time; None: a new one.
 
     Attributes:
         sizes: the batch sizes with and without a graph.
     """
 
     def __init__(
-        self, decoder: Decoder, attention: PagedDecode, table: SequenceTable, max_seq_len: int, defers: bool
+        self,
+        decoder: Decoder,
+        attention: PagedDecode,
+        table: SequenceTable,
+        max_seq_len: int,
+        defers: bool,
+        drafts: bool = False,
+        pool: Any = None,
     ) -> None:
+        self._feeds_every_row, self._first_pool = drafts, pool
         self._decoder, self._attention, self._table = decoder, attention, table
         self._block_size = attention.layout.block_size
         self._max_seq_len = max_seq_len
-        self.sizes = GraphSizes(captured_batch_sizes(table.max_num_seqs), defers)
+        sizes = draft_batch_sizes(table.max_num_seqs) if drafts else captured_batch_sizes(table.max_num_seqs)
+        self.sizes = GraphSizes(sizes, defers)
         max_pages = table.max_num_seqs * table.block_tables.shape[1] + table.max_num_seqs
         device = table.last_token_ids.device
         self._inputs = _StepInputs(table.max_num_seqs, attention.capacity(table.max_num_seqs), max_pages, device)
@@ -175,7 +186,7 @@ class DecodeGraphs:
 
     def capture(self, size: int) -> None:
         """Capture the steps of a batch size; between steps, and on all ranks of a group in the same order."""
-        self._graphs[size] = self._capture(size, self.pool if self._graphs else None)
+        self._graphs[size] = self._capture(size, self.pool if self._graphs else self._first_pool)
         self.sizes.add(size)
 
     @contextmanager
@@ -254,7 +265,7 @@ class DecodeGraphs:
             The sampled tokens in the order of the rows, and the number of logprobs of each sample.
         """
         table = self._table
-        samples = samples_of(rows)
+        samples = samples_of(rows, self._feeds_every_row)
         num_rows = len(samples.rows)
         size = self.sizes.choose(num_rows)
         graph = self._graphs[size]
@@ -331,6 +342,12 @@ class DecodeGraphs:
 def captured_batch_sizes(max_rows: int) -> list[int]:
     """Return the batch sizes to capture, up to ``max_rows``: dense where padding would cost most."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 32, 32)]
+    return [*(size for size in sizes if size < max_rows), max_rows]
+
+
+def draft_batch_sizes(max_rows: int) -> list[int]:
+    """Return the batch sizes to capture for a draft model: its steps are short, and all are captured at the start."""
+    sizes = [1 << power for power in range(max_rows.bit_length())]
     return [*(size for size in sizes if size < max_rows), max_rows]
 
 

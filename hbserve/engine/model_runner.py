@@ -17,6 +17,7 @@ from hbserve.attention import select_attention_backend
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.engine.arenas import ArenaAttachment, attach_arenas, check_fp8, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
+from hbserve.engine.draft_model.drafter import ModelDrafter
 from hbserve.engine.expert_loads import ExpertLoads
 from hbserve.engine.grammar_table import GrammarTable
 from hbserve.engine.graph_sizes import DelayLimit, GraphSizes
@@ -129,6 +130,9 @@ class ModelRunner:
             device=platform.device,
             tokenizer_folder=config.tokenizer_path,
         )
+        self._drafter: ModelDrafter | None = None
+        if arenas.draft is not None:
+            self._drafter = ModelDrafter(config, arenas.draft, self._table, num_arena_blocks, platform, parallel)
         self._config = config
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
@@ -142,6 +146,8 @@ class ModelRunner:
         stopwatch.lap("graphs")
         if arenas.spare_block is not None:
             self._warm_up(config, instance.instance_type, arenas.spare_block)
+        if self._drafter is not None and instance.instance_type.decodes:
+            self._drafter.warm_up(arenas.spare_block or 0)
         stopwatch.lap("warm_up")
         if self._decoder.expert_totals is not None:
             self._expert_loads = ExpertLoads(self._decoder.expert_totals)
@@ -189,6 +195,8 @@ class ModelRunner:
             max_seq_len, defers = config.cuda_graph.max_seq_len, self._defers_graphs
             self._graphs = DecodeGraphs(self._decoder, attention, self._table, max_seq_len, defers)
             self._graph_pool = self._graphs.pool
+            if self._drafter is not None:
+                self._graph_pool = self._drafter.capture(self._graph_pool)
         if role.prefills and self._prefill_graphs is None:
             # The sampler and FlashInfer keep their own memory, so only the number of tokens counts here.
             max_tokens = config.performance.max_num_batched_tokens
@@ -318,15 +326,23 @@ class ModelRunner:
         for state in plan.new_sequences:
             self._table.install(state)
         self._delays.on_installed(state.slot for state in plan.new_sequences)
-        self._table.append_new_blocks(plan.rows)
-        self._table.grammars.advance(plan.rows)
-        if not plan.rows:
+        rows, drafted = plan.rows, None
+        self._table.append_new_blocks(rows)
+        if self._drafter is not None:
+            for state in plan.new_sequences:
+                self._drafter.install(state)
+            rows, drafted = self._drafter.draft(
+                rows, self.spec.vocab_size, functools.partial(self._wait_for_turn, plan)
+            )
+        self._table.grammars.advance(rows)
+        if not rows:
             return PendingStep(plan, None, [], timer)
-        if self._graphs is not None and self._graphs.fits(plan.rows):
-            sampled, num_logprobs = self._graphs.launch(plan.rows, functools.partial(self._wait_for_turn, plan), timer)
-            return PendingStep(plan, sampled, num_logprobs, timer, None, self._table.grammars.take_missing())
+        if self._graphs is not None and self._graphs.fits(rows):
+            sampled, num_logprobs = self._graphs.launch(rows, functools.partial(self._wait_for_turn, plan), timer)
+            missing = self._table.grammars.take_missing()
+            return PendingStep(plan, sampled, num_logprobs, timer, None, missing, drafted)
         board = self._wait_for_turn(plan)
-        rows = plan.rows if board is None else board.with_tokens(plan.rows)
+        rows = rows if board is None else board.with_tokens(rows)
         batch = build_batch(rows, self._table, self.layout.block_size, self.platform.device)
         timer.start()
         self._attention.begin(batch.attention)
@@ -339,11 +355,11 @@ class ModelRunner:
         if batch.scored is not None:
             scores = score(hidden, batch.scored, self._decoder.logits, self.spec.vocab_size)
         if not batch.num_logprobs:
-            return PendingStep(plan, None, [], timer, scores)
+            return PendingStep(plan, None, [], timer, scores, None, drafted)
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
         missing = self._table.grammars.take_missing()
-        return PendingStep(plan, sampled, batch.num_logprobs, timer, scores, missing)
+        return PendingStep(plan, sampled, batch.num_logprobs, timer, scores, missing, drafted)
 
     def _wait_for_turn(self, plan: StepPlan) -> StepBoard | None:
         """Wait for the other worker's step that must come first; return the board with the tokens sampled elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -38,12 +39,25 @@ class StepTimer:
             self._events[1].record()
         self._seconds = time.perf_counter() - self.started_at
 
+    def seconds_to(self, end: StepTimer) -> float:
+        """Return the seconds from the first point to the second one of another timer, which has been waited for."""
+        if self._events is None or end._events is None:
+            return end.started_at + end._seconds - self.started_at
+        return self._events[0].elapsed_time(end._events[1]) / 1000
+
     def wait(self) -> float:
         """Wait until the device reaches the second point; return the seconds between the points."""
         if self._events is None:
             return self._seconds
         self._events[1].synchronize()
         return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+class Drafted(NamedTuple):
+    """What a draft model has done for a step: its guesses, in the plan's order, and since when it has worked."""
+
+    token_ids: list[int]
+    timer: StepTimer
 
 
 class PendingStep:
@@ -55,6 +69,7 @@ class PendingStep:
         timer: started with the step; stopped here, after the copies of the results.
         scores: of the prompts' tokens; None: no row asks for them.
         missing: samples without a token, and why they can never get one; see `GrammarTable.take_missing`.
+        drafted: what the draft model has done first; None: nothing.
 
     Attributes:
         ready_at: when the host had prepared the step, on `time.perf_counter`.
@@ -71,12 +86,14 @@ class PendingStep:
         timer: StepTimer,
         scores: PromptScores | None = None,
         missing: dict[int, str | None] | None = None,
+        drafted: Drafted | None = None,
     ) -> None:
         self._missing = missing or {}
         self._epoch, self._step_id = plan.epoch, plan.step_id
         self._num_logprobs = num_logprobs
         self._timer = timer
-        self.ready_at = timer.started_at
+        self._drafted = drafted
+        self.ready_at = timer.started_at if drafted is None else drafted.timer.started_at
         self._token_ids = None if sampled is None else _to_host(sampled.token_ids)
         self._logprobs = None
         if sampled is not None and sampled.logprobs is not None:
@@ -87,7 +104,9 @@ class PendingStep:
 
     def result(self) -> StepResult:
         """Wait for the device and return the step's result."""
-        busy_s = self._timer.wait()
+        step_s = busy_s = self._timer.wait()
+        if self._drafted is not None:
+            busy_s = self._drafted.timer.seconds_to(self._timer)
         token_ids = [] if self._token_ids is None else self._token_ids.tolist()
         for index in self._missing:
             token_ids[index] = NO_TOKEN
@@ -101,6 +120,8 @@ class PendingStep:
             prompt_logprobs=None if self._scores is None else self._scores.to_lists(),
             row_errors=errors or None,
             expert_tokens=self.expert_tokens,
+            draft_s=busy_s - step_s,
+            draft_ids=[] if self._drafted is None else self._drafted.token_ids,
         )
 
     def _read_logprobs(self) -> list[TokenLogprobs | None] | None:

@@ -27,24 +27,32 @@ class Samples(NamedTuple):
         rows: int64 ``[N]``, of the plan.
         before_end: int64 ``[N]``, how many tokens of its row come after the one whose logits are sampled.
         drafts: int64 ``[N]``, the draft token that the sample before led to if it is right; -1: the row's first sample.
+        feeds_every_row: the last sample of each row is fed back, also that of a row with a draft.
     """
 
     rows: npt.NDArray[np.int64]
     before_end: npt.NDArray[np.int64]
     drafts: npt.NDArray[np.int64]
+    feeds_every_row: bool = False
 
     def fed_slots(self, table: SequenceTable, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the slots ``[N]`` that get the sampled tokens: not those with a draft, but the padding slot."""
+        if self.feeds_every_row:
+            return np.where(self.before_end == 0, slots, table.padding_slot)
         drafting = slots[self.drafts != _NO_DRAFT]
         return np.where(np.isin(slots, drafting), table.padding_slot, slots) if drafting.size else slots
 
     def note_positions(self, table: SequenceTable, slots: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> None:
         """Note the positions ``ends [N]`` that the slots sample a token for; that of a slot with a draft is unknown."""
+        if self.feeds_every_row:
+            last = self.before_end == 0
+            table.next_positions[slots[last]] = ends[last]
+            return
         table.next_positions[slots] = ends
         table.next_positions[slots[self.drafts != _NO_DRAFT]] = UNKNOWN_POSITION
 
 
-def samples_of(rows: list[PlanRow]) -> Samples:
+def samples_of(rows: list[PlanRow], feeds_every_row: bool = False) -> Samples:
     """Return the samples of a plan's rows, in their order."""
     counts = np.array([row.num_samples for row in rows], np.int64)
     indices = np.repeat(np.arange(len(rows)), counts)
@@ -56,7 +64,7 @@ def samples_of(rows: list[PlanRow]) -> Samples:
             assert row.token_ids is not None, "a draft without tokens"
             assert row.num_drafts < row.num_tokens, "a row of nothing but guesses"
             drafts[end - row.num_drafts : end] = row.token_ids[-row.num_drafts :]
-    return Samples(indices, before_end, drafts)
+    return Samples(indices, before_end, drafts, feeds_every_row)
 
 
 def sampling_arrays(

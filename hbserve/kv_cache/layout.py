@@ -35,10 +35,6 @@ class KVLayout:
         """Bytes of one block over all layers."""
         return math.prod(self.block_shape) * self.dtype.itemsize
 
-    def num_blocks_in(self, num_bytes: int) -> int:
-        """Count the whole blocks that ``num_bytes`` hold."""
-        return num_bytes // self.block_bytes
-
     def view(self, arena: torch.Tensor, num_blocks: int) -> torch.Tensor:
         """Return the arena (uint8, contiguous) as ``[block, layer, k/v, token, kv head, head dim]``."""
         flat = arena[: num_blocks * self.block_bytes].view(self.dtype)

@@ -17,6 +17,9 @@ NUM_BOARD_CELLS = 256
 NO_TOKEN = -1
 """Stands in `StepResult.token_ids` for a row whose token could not be sampled: its mask of a grammar was not there."""
 
+TO_BE_DRAFTED = -2
+"""Stands in `PlanRow.token_ids` for a guess that the worker's draft model makes at the head of the step."""
+
 # --- scheduler -> worker --------------------------------------------------------------------------
 
 
@@ -63,7 +66,9 @@ class PlanRow(Value, frozen=True):
         sampled_elsewhere: whether another worker sampled that last token; it is on the board.
         next_token_ids: the tokens after the row's first positions whose log-probabilities are reported; None: none.
         num_drafts: how many of the last ``token_ids`` are guesses. The row then samples a token for the place of each
-            of them, too, as if all guesses before it were right.
+            of them, too, as if all guesses before it were right. They may be `TO_BE_DRAFTED`.
+        unread: known tokens at positions ``unread_start ..`` that the draft model reads before it guesses anything; of
+            a row whose guesses are to be drafted, those before ``start``. None: there are none.
     """
 
     slot: int
@@ -75,11 +80,19 @@ class PlanRow(Value, frozen=True):
     sampled_elsewhere: bool = False
     next_token_ids: list[int] | None = None
     num_drafts: int = 0
+    unread: list[int] | None = None
+    unread_start: int = 0
 
     @property
     def num_samples(self) -> int:
         """Number of tokens that it samples."""
         return self.sample + self.num_drafts
+
+    @property
+    def num_to_draft(self) -> int:
+        """Number of guesses that the worker's draft model makes: all of the row, or none."""
+        drafts, token_ids = self.num_drafts, self.token_ids
+        return drafts if drafts and token_ids is not None and token_ids[-1] == TO_BE_DRAFTED else 0
 
 
 class StepRef(Value, frozen=True):
@@ -187,13 +200,14 @@ class StepResult(Message, frozen=True):
             has to be planned again.
         logprobs: likewise, None where not asked for.
         prompt_logprobs: one list for each plan row with ``next_token_ids``, in the plan's order, one entry per token.
-        busy_s: time the device worked on it, seconds.
+        busy_s: time the device worked on it, seconds; draft_s: the first part of it, in which the draft model guessed.
         host_s: time the host took to prepare and launch it; on a CPU that is the step itself.
         early_s: how long the step was ready before the device could begin it; negative: how long the device waited for
             it.
         error: the step failed; the worker exits after this message.
         row_errors: why sequences can get no token any more, by index in ``token_ids``.
         expert_tokens: per layer and expert, how many tokens it has computed since the last report; now and then.
+        draft_ids: the guesses that the draft model has made, `PlanRow.num_to_draft` for each row, in the plan's order.
     """
 
     epoch: int
@@ -207,6 +221,8 @@ class StepResult(Message, frozen=True):
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     row_errors: dict[int, str] | None = None
     expert_tokens: list[list[int]] | None = None
+    draft_s: float = 0.0
+    draft_ids: list[int] = msgspec.field(default_factory=list)
 
 
 class InstanceFailed(Message, frozen=True):

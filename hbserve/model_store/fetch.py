@@ -15,11 +15,15 @@ from hbserve.model_store.smollm2 import FOLDER_NAME, fetch_smollm2
 
 
 def with_model_folder(config: Config) -> Config:
-    """Return the configuration with its model's folder in place of a name; fetch the model if that is needed.
+    """Return the configuration with folders in place of its models' names; fetch the models if that is needed.
 
     Raises:
         ModelError: the model cannot be fetched; the text says what to do.
     """
+    draft_model = config.speculation.model
+    if draft_model is not None:
+        speculation = msgspec.structs.replace(config.speculation, model=str(fetch_model(draft_model)))
+        config = msgspec.structs.replace(config, speculation=speculation)
     folder = str(fetch_model(config.model.path))
     if folder == config.model.path:
         return config

@@ -26,6 +26,7 @@ _MIN_LEAD_S = 3e-3
 _FIRST_GAP_S = 1e-3
 _MAX_GAP_S = 0.1
 _GAP_RATE = 0.1
+_DRAFT_RATE, _FASTER_DRAFT_RATE = 0.1, 0.5
 _GAP_FADING = 0.998
 """Factor on the gap for each step that does not show it: a gap that seemed long is measured anew now and then."""
 _SHORTEST_WAIT_S = 1e-3
@@ -62,11 +63,13 @@ class DispatchTimer:
 
     Attributes:
         gap_s: time that the device idles between two steps if the plan of the second waits for the first one's result.
+        draft_s: time of a forward pass of the draft model; 0: none has been seen.
     """
 
     def __init__(self, predictor: StepTimePredictor | None = None, predecessor: DispatchTimer | None = None) -> None:
         self.predictor = predictor or StepTimePredictor()
         self.gap_s: float = _FIRST_GAP_S if predecessor is None else predecessor.gap_s
+        self.draft_s: float = 0.0 if predecessor is None else predecessor.draft_s
         self._steps: deque[_Step] = deque()
         self._needed_leads_s: deque[float] = deque(
             () if predecessor is None else predecessor._needed_leads_s, maxlen=_NUM_SAMPLES
@@ -94,14 +97,17 @@ class DispatchTimer:
         self._due = end - self._lead_s
         return wait_s
 
-    def on_planned(self, work: StepWork | None, now: float, not_before: float = -math.inf) -> None:
+    def on_planned(self, work: StepWork | None, now: float, not_before: float = -math.inf, num_passes: int = 0) -> None:
         """Note that a plan has been sent.
 
         Args:
             work: None if its duration cannot be predicted.
             not_before: expected end of the step of another worker that this one waits for.
+            num_passes: forward passes of the draft model before the step.
         """
         seconds = 0.0 if work is None else self.predictor.seconds(work)
+        if seconds:
+            seconds += num_passes * self.draft_s
         # If the scheduler made a plan later than this timer said, the lead is not to blame.
         planned_at = now if self._due is None else min(now, self._due)
         begin = self.expected_end()
@@ -128,6 +134,14 @@ class DispatchTimer:
             self.gap_s *= _GAP_FADING
         if step.work is not None and busy_s > 0:
             self.predictor.observe(step.work, busy_s)
+
+    def on_drafted(self, seconds: float) -> None:
+        """Note how long a forward pass of the draft model took in a step; 0: there was none."""
+        if not seconds or not self.draft_s:
+            self.draft_s = seconds or self.draft_s * _GAP_FADING
+        else:  # a slow pass may have been the first of its size, which loads kernels
+            rate = _DRAFT_RATE if seconds > self.draft_s else _FASTER_DRAFT_RATE
+            self.draft_s += rate * (seconds - self.draft_s)
 
     def expected_end(self) -> float | None:
         """When all steps in flight should have ended; None if none is in flight, or one cannot be predicted."""

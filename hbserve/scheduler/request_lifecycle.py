@@ -17,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from itertools import islice
 
 import msgspec
 
@@ -253,6 +254,7 @@ class RequestLifecycle:
         now = self._clock.now
         step = worker.end_step(result, now)
         token_ids, logprobs, scores = result.token_ids, result.logprobs, iter(result.prompt_logprobs or ())
+        draft_ids = iter(result.draft_ids)
         last_token_times: list[float | None] = []
         num_batch_tokens = 0
         index = 0  # of the next sample
@@ -260,15 +262,19 @@ class RequestLifecycle:
             sequence, allocation = row.sequence, row.allocation
             counts = not row.is_void and row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED
             prompt_logprobs = next(scores) if row.scores else None
+            draft = row.draft
+            if draft is not None and draft.num_to_draft:
+                made = [*islice(draft_ids, draft.num_to_draft)]
+                draft = draft.made(made, len(sequence.tokens)) if counts else draft
             if counts and prompt_logprobs is not None:
                 self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
             if counts and row.samples and token_ids[index] == NO_TOKEN:
                 self._on_no_token(sequence, allocation, row, (result.row_errors or {}).get(index))
-            elif counts and row.draft is not None:
+            elif counts and draft is not None:
                 end = index + row.num_samples
                 last = sequence.last_token_time
                 number = self._on_draft(
-                    sequence, allocation, row, row.draft, token_ids[index:end], logprobs and logprobs[index:end]
+                    sequence, allocation, row, draft, token_ids[index:end], logprobs and logprobs[index:end]
                 )
                 sequence.last_token_time = now
                 if sequence.is_batch:
@@ -328,6 +334,8 @@ class RequestLifecycle:
             del token_ids[-1]
         num_accepted = len(token_ids) - 1
         allocation.num_planned, allocation.is_drafting = row.start + len(token_ids), False
+        if row.num_to_draft:  # its last guess has gone through no pass of the draft model
+            allocation.num_read = row.start + min(len(token_ids), row.num_to_draft)
         self.counts[f"drafts_{draft.drafter}"] += 1
         self.counts[f"drafted_{draft.drafter}"] += len(draft.token_ids)
         self.counts[f"accepted_{draft.drafter}"] += num_accepted

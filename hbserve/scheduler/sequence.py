@@ -84,12 +84,18 @@ class InflightRow(msgspec.Struct, eq=False):
         """Number of tokens that its worker samples."""
         return self.samples + (0 if self.draft is None else len(self.draft.token_ids))
 
+    @property
+    def num_to_draft(self) -> int:
+        """Number of guesses that its worker's draft model makes."""
+        return 0 if self.draft is None else self.draft.num_to_draft
+
 
 class InflightStep(msgspec.Struct, eq=False):
     """A step that has been sent and not confirmed.
 
     Attributes:
         num_samples: tokens that it samples.
+        num_to_draft: guesses that its worker's draft model makes; has_unread: the draft model also reads a prompt.
         num_scores: of how many tokens it reports log-probabilities, for each prompt of which it does.
         work: of all its rows; None: it has none.
         beside_decode: of a prefill step: decode steps may run at the same time; `WorkerChoice` sets it.
@@ -100,6 +106,8 @@ class InflightStep(msgspec.Struct, eq=False):
     step_id: int
     rows: list[InflightRow]
     num_samples: int = 0
+    num_to_draft: int = 0
+    has_unread: bool = False
     num_scores: list[int] = []
     prefill_rows: int = 0
     prefill_tokens: int = 0
@@ -107,6 +115,11 @@ class InflightStep(msgspec.Struct, eq=False):
     beside_decode: bool = True
     after: int = 0
     is_probe: bool = False
+
+    @property
+    def num_passes(self) -> int:
+        """Forward passes of the draft model that make its guesses."""
+        return max([row.num_to_draft for row in self.rows]) if self.num_to_draft else 0
 
 
 @dataclass(eq=False, slots=True)
@@ -124,6 +137,7 @@ class KVAllocation:
         num_planned: positions whose KV exists or is in a plan that has been sent.
         num_computed: positions whose KV is confirmed to be in the pool.
         num_sealed: leading blocks that are in the pool's prefix cache or were offered to it.
+        num_read: positions below this have KV of the draft model, or are in a plan that makes it read them.
         last_worker_id: the worker that got the sequence's last row.
         num_inflight: rows that were sent, are not confirmed, and count.
         is_drafting: its last row has a draft and is in flight: where the next row starts is not known yet.
@@ -144,6 +158,7 @@ class KVAllocation:
     num_planned: int
     num_computed: int
     num_sealed: int
+    num_read: int = 0
     last_worker_id: str | None = None
     num_inflight: int = 0
     is_drafting: bool = False
@@ -181,6 +196,7 @@ class KVAllocation:
         row.is_void = True
         self.is_drafting = False
         self.num_planned = min(self.num_planned, row.start)
+        self.num_read = 0  # what the draft model has read is not confirmed, and nothing but a guess depends on it
         self.num_inflight -= 1
 
     def begin_transfer(self) -> None:

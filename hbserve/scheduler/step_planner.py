@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_LAYER_GROUPS = 4
 """Layer groups of all last chunks in a step."""
+_MAX_UNREAD_TOKENS = 1024
+"""Tokens that the draft model reads in a step, of all sequences: of a prompt, about a tenth would take as long."""
 _NO_DRAFT = Draft([], "", Record())
 _Allocations = list[tuple[Sequence, KVAllocation]]
 
@@ -133,7 +135,8 @@ class StepPlanner:
             return {}
         keys = sum([allocation.num_planned for _, allocation in decoding])
         timing = step.worker.timing
-        way, lengths = choose(candidates, StepWork(len(decoding), keys), timing.predictor, timing.gap_s, max_rows)
+        work = StepWork(len(decoding), keys)
+        way, lengths = choose(candidates, work, timing.predictor, timing.gap_s, max_rows, timing.draft_s)
         drafts: dict[Sequence, Draft | None] = {}
         for sequence, candidate, length in zip(sequences, candidates, lengths, strict=True):
             if length and not candidate.is_known:
@@ -266,6 +269,8 @@ class StepPlanner:
             step_id=step_id,
             rows=step.inflight,
             num_samples=step.num_samples,
+            num_to_draft=step.num_to_draft,
+            has_unread=step.unread_tokens > len(step.rows),
             num_scores=step.num_scores,
             prefill_rows=step.prefill_rows,
             prefill_tokens=step.prefill_tokens,
@@ -323,6 +328,8 @@ class StepPlanner:
             instance, sequence, allocation
         ):
             return
+        if draft.num_to_draft:
+            draft = self._read(step, sequence, allocation, draft)
         if draft is not _NO_DRAFT and (room := self._room_for_draft(instance, allocation, len(draft.token_ids))):
             draft = draft.first(room)
             token_ids = [sequence.tokens[position], *draft.token_ids]
@@ -330,6 +337,14 @@ class StepPlanner:
         else:
             step.add(sequence, allocation, [sequence.tokens[position]] if known else None, 1, samples=True)
         step.decode_keys += position
+
+    def _read(self, step: _StepBuilder, sequence: Sequence, allocation: KVAllocation, draft: Draft) -> Draft:
+        """Have the draft model read what it has not, as far as the step has time for it; returns no draft if tokens
+        are left."""
+        end = allocation.num_planned
+        num_tokens = min(end - allocation.num_read, _MAX_UNREAD_TOKENS - step.unread_tokens)
+        step.read(allocation, sequence.tokens[allocation.num_read : allocation.num_read + num_tokens])
+        return draft if allocation.num_read == end else _NO_DRAFT
 
     def _room_for_draft(self, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
         """Return how many draft tokens have a place in blocks; a draft takes blocks only if others do not need them."""
@@ -433,7 +448,9 @@ class _StepBuilder:
         self.leaving: list[_Leaving] = []
         self.sends: list[SendBlocks] = []
         self.inflight: list[InflightRow] = []
-        self.num_tokens = self.num_samples = self.num_drafts = 0
+        self.num_tokens = self.num_samples = self.num_drafts = self.num_to_draft = 0
+        self.unread_tokens = 0
+        self._unread: list[int] | None = None
         self.num_scores: list[int] = []
         self.prefill_rows = 0
         self.prefill_tokens = 0
@@ -445,6 +462,13 @@ class _StepBuilder:
         """The work of its rows."""
         decode_rows = len(self.rows) - self.prefill_rows + self.num_drafts
         return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs, self._is_shared)
+
+    def read(self, allocation: KVAllocation, token_ids: list[int]) -> None:
+        """Have the draft model read these tokens of the sequence whose row is added next."""
+        if token_ids:
+            self._unread = token_ids
+            self.unread_tokens += len(token_ids)
+            allocation.num_read += len(token_ids)
 
     def add(
         self,
@@ -470,8 +494,11 @@ class _StepBuilder:
                 sample=samples,
                 sampled_elsewhere=sampled_elsewhere,
                 next_token_ids=next_token_ids,
+                unread=self._unread,
+                unread_start=0 if self._unread is None else allocation.num_read - len(self._unread),
             )
         )
+        self._unread = None
         allocation.num_planned = end = start + num_tokens
         self.inflight.append(
             InflightRow(
@@ -489,6 +516,7 @@ class _StepBuilder:
         allocation.is_drafting = True
         self.num_samples += num_drafts
         self.num_drafts += num_drafts
+        self.num_to_draft += self.inflight[-1].num_to_draft
         self.decode_keys += num_drafts * start + num_drafts * (num_drafts + 1) // 2
 
     def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:

@@ -139,7 +139,7 @@ class WorkerHandle:
     def begin_step(self, step: InflightStep, now: float, not_before: float) -> None:
         """A step is on its way; for ``not_before`` see `DispatchTimer.on_planned`."""
         self.inflight.append(step)
-        self.timing.on_planned(step.work, now, not_before)
+        self.timing.on_planned(step.work, now, not_before, step.num_passes)
 
     def misfit(self, result: StepResult) -> str | None:
         """Return why a result is not that of the worker's next step; None: it is. Workers answer in order."""
@@ -151,6 +151,10 @@ class WorkerHandle:
         num_tokens = len(result.token_ids)
         if num_tokens != step.num_samples:
             return f"it answered step {step.step_id} with {num_tokens} tokens instead of {step.num_samples}"
+        if len(result.draft_ids) != step.num_to_draft:
+            return (
+                f"it answered step {step.step_id} with {len(result.draft_ids)} guesses instead of {step.num_to_draft}"
+            )
         is_whole = result.logprobs is None or len(result.logprobs) == num_tokens
         if not is_whole or step.num_scores != [len(tokens) for tokens in result.prompt_logprobs or ()]:
             return f"it answered step {step.step_id} with other log-probabilities than were asked for"
@@ -166,7 +170,9 @@ class WorkerHandle:
         self.work.add_expert_tokens(result.expert_tokens or [])
         if step.rows:
             self.last_step_s = result.busy_s
-        self.timing.on_confirmed(now, result.busy_s, result.early_s)
+        if not step.has_unread:
+            self.timing.on_drafted(result.draft_s / max(step.num_passes, 1))
+        self.timing.on_confirmed(now, result.busy_s - result.draft_s, result.early_s)
         return step
 
     def drop_steps(self) -> list[InflightStep]:

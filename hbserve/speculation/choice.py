@@ -8,6 +8,8 @@ and a step of T seconds (T' with drafts):
     plain   no drafts, the next plan is made ahead      (N + S) / T
     split   the others are planned ahead without them   (2 N + S E) / (T + T')
     whole   the step waits for every result             (N + S E) / (T' + gap)
+
+A draft model guesses at the head of the step: one forward pass for each guess, of all sequences that it guesses for.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ _MIN_GAIN_OF_STEP = 1.1
 _MIN_PROBABILITY = 0.05
 """Guesses that are less probable are not tried, even where a row seems to cost nothing."""
 _MIN_STEP_S = 1e-6
+_FIRST_DRAFT_SHARE = 0.15
+"""Time of a draft model's forward pass as a part of the step's, while it is not known."""
 _ROUNDS = 2
 
 
@@ -58,6 +62,7 @@ def choose(
     predictor: StepTimePredictor,
     gap_s: float,
     max_rows: int,
+    draft_s: float = 0.0,
 ) -> Choice:
     """Choose the drafts of a step.
 
@@ -66,19 +71,26 @@ def choose(
         work: of a step of all decoding sequences, candidates included, without drafts.
         gap_s: time that the device idles when a plan waits for a result.
         max_rows: rows that the drafts may add.
+        draft_s: time of a forward pass of the draft model; 0: unknown.
     """
     num_rows = work.decode_rows
     step_s = max(predictor.seconds(work), _MIN_STEP_S)
     keys = sum(candidate.position for candidate in candidates) / len(candidates)
     more = work._replace(decode_rows=num_rows + 1, decode_keys=work.decode_keys + keys)
     row_s = max(predictor.seconds(more) - step_s, 0.0)
+    num_of_model = sum(candidate.draft.num_to_draft > 0 for candidate in candidates)
+    draft_s = draft_s or _FIRST_DRAFT_SHARE * step_s
+    # the sequences share a pass of the draft model
+    costs = [row_s + (draft_s / num_of_model if candidate.draft.num_to_draft else 0.0) for candidate in candidates]
     lengths, num_whole, drafted_s = [0] * len(candidates), num_rows, step_s
     for _ in range(_ROUNDS):
         # a row must bring at least what the step brings in the same time; drafts make that more (Dinkelbach 1967)
-        worth = _MIN_GAIN * row_s * max(num_rows / step_s, num_whole / (drafted_s + gap_s))
-        lengths, num_expected = _lengths(candidates, worth, max_rows)
+        rate = _MIN_GAIN * max(num_rows / step_s, num_whole / (drafted_s + gap_s))
+        lengths, num_expected = _lengths(candidates, [rate * cost_s for cost_s in costs], max_rows)
         num_drafting = sum(length > 0 for length in lengths)
-        drafted_s = step_s + row_s * sum(lengths)
+        pairs = zip(candidates, lengths, strict=True)
+        num_passes = max((length for candidate, length in pairs if candidate.draft.num_to_draft), default=0)
+        drafted_s = step_s + row_s * sum(lengths) + draft_s * num_passes
         num_others = num_rows - num_drafting
         num_whole = num_others + num_expected
     if not num_drafting:
@@ -92,14 +104,14 @@ def choose(
     return Choice(way, lengths if way is not Way.PLAIN else [0] * len(candidates))
 
 
-def _lengths(candidates: Items[Candidate], worth: float, max_rows: int) -> tuple[list[int], float]:
+def _lengths(candidates: Items[Candidate], worths: Items[float], max_rows: int) -> tuple[list[int], float]:
     """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring.
 
-    The i-th token of a draft is worth its row if the probability that all i tokens are right exceeds ``worth``. The
-    rows go to the most probable tokens first.
+    The i-th token of a draft is worth its cost if the probability that all i tokens are right exceeds the candidate's
+    one of ``worths``. The rows go to the most probable tokens first.
     """
     offers: list[tuple[float, int]] = []
-    for index, candidate in enumerate(candidates):
+    for index, (candidate, worth) in enumerate(zip(candidates, worths, strict=True)):
         acceptance, probability = candidate.draft.record.acceptance, 1.0
         for _ in candidate.draft.token_ids:
             probability *= acceptance

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import Protocol
 
+from hbserve.messages.worker import TO_BE_DRAFTED
+
 _ORDER = 3
 """Tokens that a place must share with the end of the sequence to be looked at."""
 _SHIFT = 32
@@ -68,6 +70,16 @@ class NgramDrafter:
             return []
         place = ends.get(gram, end)
         return list(tokens[place : place + max_tokens])
+
+
+class ModelDrafter:
+    """The draft model in the workers: it always has a guess, which is known when the step's result is."""
+
+    name = "draft_model"
+
+    def draft(self, tokens: Items[int], max_tokens: int) -> list[int]:
+        """See `Drafter`; the guesses are `TO_BE_DRAFTED`."""
+        return [TO_BE_DRAFTED] * max_tokens
 
 
 class PredictionDrafter:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hbserve.config import SpeculationConfig
 from hbserve.messages.client import AddRequest
-from hbserve.speculation.drafters import Drafter, NgramDrafter, PredictionDrafter
+from hbserve.speculation.drafters import Drafter, ModelDrafter, NgramDrafter, PredictionDrafter
 from hbserve.speculation.suffixes import OutputPools, SuffixDrafter
 
 _FIRST_ACCEPTANCE = 0.7
@@ -90,15 +90,28 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Guessed tokens, and the name and the record of the drafter that made them."""
+    """Guessed tokens, and the name and the record of the drafter that made them.
+
+    The guesses of a draft model are `TO_BE_DRAFTED` until the step's result is there.
+    """
 
     token_ids: list[int]
     drafter: str
     record: Record
 
+    @property
+    def num_to_draft(self) -> int:
+        """Number of guesses that the worker's draft model makes: all, or none."""
+        return len(self.token_ids) if self.drafter == ModelDrafter.name else 0
+
     def first(self, num_tokens: int) -> Draft:
         """Return the draft, cut to so many tokens."""
         return Draft(self.token_ids[:num_tokens], self.drafter, self.record)
+
+    def made(self, token_ids: list[int], num_known: int) -> Draft:
+        """Return the draft with a draft model's guesses of the tokens after the sequence's first ``num_known``."""
+        self.record.guess, self.record.num_known = token_ids, num_known
+        return Draft(token_ids, self.drafter, self.record)
 
 
 class Speculator:
@@ -125,7 +138,8 @@ class Speculator:
         for drafter, record in self._drafters:
             record.settle(tokens)
             guess = drafter.draft(tokens, self._max_draft_tokens)
-            record.guess, record.num_known = guess, len(tokens)
+            if drafter.name != ModelDrafter.name:  # what a draft model would guess is known only if it does
+                record.guess, record.num_known = guess, len(tokens)
             if guess and max_tokens > 0 and (best is None or record.acceptance > best.record.acceptance):
                 best = Draft(guess[:max_tokens], drafter.name, record)
         return best
@@ -148,6 +162,8 @@ class Speculation:
             drafters.append(SuffixDrafter(self._outputs.of(request.sampling.cache_salt)))
         if self._config.method in ("ngram", "auto"):
             drafters.append(NgramDrafter())
+        if self._config.model is not None:
+            drafters.append(ModelDrafter())
         return Speculator(drafters, self._config.max_draft_tokens, self._acceptances) if drafters else None
 
     def on_ended(self, request: AddRequest, tokens: list[int]) -> None:

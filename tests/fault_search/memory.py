@@ -87,6 +87,7 @@ class Arena:
 
     Attributes:
         epoch: number of this memory; 0: it belongs to one worker and has that worker's epoch.
+        drafts: KV blocks of the draft model.
         last_tokens: the last token of each slot, as the board has it.
         cells: the last step that each worker has done, by cell.
         waiters: called when a step is done.
@@ -102,6 +103,7 @@ class Arena:
         self.instance_id = instance_id
         self.epoch = epoch
         self.blocks = [[NOTHING] * BLOCK_SIZE for _ in range(num_blocks)]
+        self.drafts = [[NOTHING] * BLOCK_SIZE for _ in range(num_blocks)]
         self.last_tokens: dict[int, int] = {}
         self.cells: dict[int, int] = {}
         self.waiters: list[Callable[[], None]] = []
@@ -115,6 +117,15 @@ class Arena:
         contents = (self.blocks[block][offset] & ~part) | (contents & part)
         self._check_write(self, block, offset, contents)
         self.blocks[block][offset] = contents
+
+    def read_draft(self, table: Sequence[int], position: int) -> int:
+        """Return what the draft model has at a position."""
+        return self.drafts[table[position // BLOCK_SIZE]][position % BLOCK_SIZE]
+
+    def feed_draft(self, table: Sequence[int], position: int, token: int) -> None:
+        """Have the draft model read a token."""
+        before = self.read_draft(table, position - 1) if position else NOTHING
+        self.drafts[table[position // BLOCK_SIZE]][position % BLOCK_SIZE] = kv_of(before, token)
 
     def on_step_done(self, cell: int, step_id: int) -> None:
         self.cells[cell] = step_id

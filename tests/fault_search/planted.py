@@ -355,6 +355,17 @@ def a_row_follows_a_draft_whose_result_is_not_known(patch: Patch) -> None:
 
 
 @_plant
+def a_guess_that_the_draft_model_has_not_read_counts_as_read(patch: Patch) -> None:
+    def on_draft(self: RequestLifecycle, sequence: Sequence, allocation: KVAllocation, *others: Any) -> int:
+        number = original(self, sequence, allocation, *others)
+        allocation.num_read = min(allocation.num_planned, allocation.num_read + 1)
+        return number
+
+    original = RequestLifecycle._on_draft
+    patch.setattr(RequestLifecycle, "_on_draft", on_draft)
+
+
+@_plant
 def a_draft_takes_the_blocks_of_others(patch: Patch) -> None:
     def room(self: StepPlanner, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
         room = original(self, instance, allocation, num_drafts)
@@ -472,4 +483,5 @@ FOUND_BY = {
     "a_draft_has_no_blocks": 0,
     "a_row_follows_a_draft_whose_result_is_not_known": 4,
     "a_draft_takes_the_blocks_of_others": 40,
+    "a_guess_that_the_draft_model_has_not_read_counts_as_read": 0,
 }

@@ -101,6 +101,7 @@ class Scenario:
         layer_group_bytes: a prompt's last blocks leave in groups of layers of at least this size; 0: all at once.
         prefill_ranks, decode_ranks: ranks of an instance that starts in this role; each holds a part of the heads.
         repeats: messages that may come twice sometimes do, and blocks are sometimes written twice.
+        has_draft_model: workers have a draft model, which is right with a probability of 0.8.
     """
 
     seed: int
@@ -128,6 +129,7 @@ class Scenario:
     faults: tuple[Fault, ...]
     num_slots: int = 0
     has_store: bool = False
+    has_draft_model: bool = False
 
     def config(self) -> Config:
         """The configuration that the scheduler gets."""
@@ -145,6 +147,7 @@ class Scenario:
             self.local_prefill_tokens,
             self.has_throttle,
             self.layer_group_bytes,
+            self.has_draft_model,
         )
 
 
@@ -163,6 +166,7 @@ def _config(
     local_prefill_tokens: int,
     has_throttle: bool,
     layer_group_bytes: int,
+    has_draft_model: bool,
 ) -> Config:
     instances = {
         "unified": [{"instance_id": f"u{n}", "instance_type": "unified"} for n in range(num_prefill)],
@@ -200,6 +204,7 @@ def _config(
             timeout_s=TRANSFER_TIMEOUT_S,
         ),
         kv_cache=replace(config.kv_cache, timeout_s=TIER_TIMEOUT_S),
+        speculation=replace(config.speculation, model="a model" if has_draft_model else None),
         rpc=replace(
             config.rpc, heartbeat_interval_s=0.25, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S, recovery_timeout_s=10_000.0
         ),
@@ -212,6 +217,7 @@ def draw(seed: int) -> Scenario:
     service = random.Random(-1 - seed)  # a generator of its own, so that all else stays what it was
     speculation = random.Random(f"{seed} speculation")  # likewise
     predicts = speculation.random() < 0.4
+    has_draft_model = random.Random(f"{seed} draft model").random() < 0.25
     parts = random.Random(f"{seed} parts")  # likewise
     has_scores = parts.random() < 0.3
     has_batch, has_targets = service.random() < 0.4, service.random() < 0.5
@@ -294,6 +300,7 @@ def draw(seed: int) -> Scenario:
         max_step_s=rng.choice((0.003, 0.01, 0.03)),
         has_throttle=rng.random() < 0.5,
         layer_group_bytes=parts.choice((0, BLOCK_BYTES, 2 * BLOCK_BYTES)),
+        has_draft_model=has_draft_model,
         prefill_ranks=parts.choice((1, 1, 2)),
         decode_ranks=parts.choice((1, 1, 2)),
         repeats=parts.random() < 0.3,

@@ -279,7 +279,8 @@ class Worker(Process):
                 self._slots[state.slot] = _Slot(
                     list(state.block_ids), state.sampling, state.end_token_ids, state.min_end_position, history
                 )
-        token_ids = [token for row in plan.rows for token in self._compute_row(row)]
+        draft_ids: list[int] = []
+        token_ids = [token for row in plan.rows for token in self._compute_row(row, draft_ids)]
         if plan.cell is not None:
             self.arena.on_step_done(plan.cell, plan.step_id)
         for command in plan.sends if plan.epoch == self.epoch else ():
@@ -291,16 +292,22 @@ class Worker(Process):
             token_ids=token_ids,
             logprobs=None,
             busy_s=0.002,
+            draft_ids=draft_ids,
             prompt_logprobs=[self._scores(row) for row in plan.rows if row.next_token_ids is not None] or None,
         )
         self.after(self.world.rng.uniform(0.0, 0.003), lambda: self._finish(plan, result))
 
-    def _compute_row(self, row: PlanRow) -> list[int]:
+    def _compute_row(self, row: PlanRow, draft_ids: list[int]) -> list[int]:
         slot = self._slots.get(row.slot)
         if slot is None:
             raise self.world.fault(f"{self.name} got a row for slot {row.slot}, of which it was told nothing")
         slot.table += row.new_block_ids
         tokens = row.token_ids
+        for position, token in enumerate(row.unread or (), row.unread_start):
+            self.arena.feed_draft(slot.table, position, token)
+        if row.num_to_draft:
+            tokens = self._drafted(row, slot)
+            draft_ids += tokens[-row.num_to_draft :]
         if tokens is None:
             last = self.arena.last_tokens.get(row.slot) if row.sampled_elsewhere else slot.last_token
             tokens = [0 if last is None else last]
@@ -331,6 +338,23 @@ class Worker(Process):
         if slot.history is not None:
             slot.history += [token for token in accepted_tokens(drafts, sampled) if token != NO_TOKEN]
         return sampled
+
+    def _drafted(self, row: PlanRow, slot: _Slot) -> list[int]:
+        """Return the row's tokens with the draft model's guesses, some of them right."""
+        arena, rng = self.arena, self.world.rng
+        assert row.token_ids is not None
+        tokens = row.token_ids[: row.num_tokens - row.num_drafts]
+        if row.start and arena.read_draft(slot.table, row.start - 1) != arena.read(slot.table, row.start - 1):
+            raise self.world.fault(f"{self.name}: the draft model has not read the tokens before {row.start}")
+        contents = [arena.read(slot.table, position) for position in range(row.start)]
+        for number in range(row.num_drafts + 1):
+            arena.feed_draft(slot.table, row.start + number, tokens[number])
+            contents.append(kv_of(contents[-1] if contents else NOTHING, tokens[number]))
+            if number == row.num_drafts - 1:
+                return [*tokens, next_token(contents, slot.sampling.seed or 0, slot.history, ())]
+            right = next_token(contents, slot.sampling.seed or 0, slot.history, ())
+            tokens.append(right if rng.random() < 0.8 else rng.randrange(VOCAB_SIZE))
+        return tokens
 
     def _scores(self, row: PlanRow) -> list[TokenLogprobs]:
         """Return the log-probabilities of the prompt tokens after a row's."""

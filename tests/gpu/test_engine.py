@@ -15,9 +15,15 @@ import pytest
 import torch
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.config import from_dict
 from hbserve.engine.capture import capturing, run_to_capture
+from hbserve.engine.model_runner import ModelRunner
+from hbserve.messages.worker import TO_BE_DRAFTED
+from hbserve.platform import make_platform
 from tests.support.engines import assert_no_leaks, random_prompt
 from tests.support.paths import ROOT
+from tests.support.plan_driver import GREEDY as GREEDY_DRIVER
+from tests.support.plan_driver import Driver, Sequence
 
 DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
 sys.path.insert(0, str(ROOT / "examples"))
@@ -183,6 +189,41 @@ def test_other_threads_may_allocate_during_a_capture() -> None:
         ends.set()
         thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize("has_graphs", [True, False])
+def test_a_draft_model_is_right_where_it_is_the_model_itself(has_graphs: bool) -> None:
+    """Its passes are captured or eager; a sequence now and then has nothing that was read before."""
+    config = from_dict(
+        {
+            "model": {"path": DEMO, "device": "cuda", "dtype": "bfloat16"},
+            "performance": {"num_blocks": 512, "max_num_seqs": 8},
+            "cuda_graph": {"enabled": has_graphs},
+            "speculation": {"method": "draft_model", "model": DEMO},
+        }
+    )
+    platform = make_platform("cuda", gpu_id=0, num_threads=1, num_instances=1)
+    platform.activate()
+    runner = ModelRunner(config, config.gpu_instances[0], platform)
+    prompts = [random_prompt(length, seed=length) for length in (3, 16, 31, 200, 5)]
+    rng, outputs = random.Random(2), []
+
+    def draft(sequence: Sequence, limit: int) -> list[int]:
+        if rng.random() < 0.1:
+            sequence.num_read = 0
+        return [TO_BE_DRAFTED] * min(rng.choice((0, 1, 2, 7)), limit)
+
+    for drafter in (None, draft):
+        driver = Driver(runner, chunk=64, drafter=drafter)
+        seeded = SamplingParams(temperature=0.8, seed=3, max_tokens=None)
+        sequences = [
+            driver.add(prompt, 60, slot, sampling=GREEDY_DRIVER if slot % 2 else seeded)
+            for slot, prompt in enumerate(prompts)
+        ]
+        outputs.append(driver.run(*sequences))
+    # Rounding decides near ties, and a sequence may go on differently behind one.
+    assert sum(a == b for a, b in zip(*outputs, strict=True)) >= 3
+    assert driver.num_accepted > 0.8 * driver.num_drafted > 100
 
 
 async def test_random_load_with_preemption_aborts_and_shared_prefixes_leaks_nothing() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hbserve.engine.model_runner import ModelRunner, PendingStep
 from hbserve.messages.base import TokenLogprobs
-from hbserve.messages.worker import NO_TOKEN, PlanRow, SequenceState, StepPlan
+from hbserve.messages.worker import NO_TOKEN, TO_BE_DRAFTED, PlanRow, SequenceState, StepPlan
 from hbserve.sampling_params import SamplingParams
 from hbserve.speculation.speculator import accepted_tokens
 
@@ -33,6 +33,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
+    num_read: int = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -50,7 +51,8 @@ class Driver:
     Args:
         chunk: most tokens of a prompt in one step.
         feedback: decode rows take the device's last token, and ``depth`` plans are in flight.
-        drafter: guesses tokens after those of a sequence, at most so many; there is then one plan in flight.
+        drafter: guesses tokens after those of a sequence, at most so many; there is then one plan in flight. It may
+            leave the guesses to the runner's draft model (`TO_BE_DRAFTED`).
     """
 
     def __init__(
@@ -104,6 +106,9 @@ class Driver:
             new_block_ids = [self.free.pop() for _ in range(needed)]
             sequence.block_ids += new_block_ids
             feed_back = decodes and self.feedback
+            unread = None
+            if decodes and draft[:1] == [TO_BE_DRAFTED] and sequence.num_read < start:
+                unread = sequence.tokens[sequence.num_read : start]
             rows.append(
                 PlanRow(
                     slot=sequence.slot,
@@ -113,6 +118,8 @@ class Driver:
                     new_block_ids=new_block_ids,
                     sample=start + count >= len(sequence.prompt),
                     num_drafts=len(draft),
+                    unread=unread,
+                    unread_start=sequence.num_read,
                 )
             )
             if rows[-1].sample:
@@ -135,9 +142,13 @@ class Driver:
             assert result.epoch == 1
             assert result.busy_s > 0
             token_ids = iter(result.token_ids)
+            draft_ids = iter(result.draft_ids)
             all_logprobs = iter(result.logprobs or [None] * len(result.token_ids))
             for sequence in sampling:
                 number = 1 + len(sequence.draft)
+                is_of_model = sequence.draft[:1] == [TO_BE_DRAFTED]
+                if is_of_model:
+                    sequence.draft = [next(draft_ids) for _ in sequence.draft]
                 tokens, logprobs = [*islice(token_ids, number)], [*islice(all_logprobs, number)]
                 tokens = [token for token in accepted_tokens(sequence.draft, tokens) if token != NO_TOKEN]
                 if not tokens:  # its mask was not there: the same again
@@ -147,6 +158,8 @@ class Driver:
                 self.num_drafted += len(sequence.draft)
                 self.num_accepted += len(tokens) - 1
                 sequence.computed -= number - len(tokens)
+                if is_of_model:  # the last guess has been fed to no pass of the draft model
+                    sequence.num_read = sequence.computed - (len(tokens) == number)
                 sequence.output += tokens
                 sequence.logprobs += logprobs[: len(tokens)]
                 sequence.draft = []

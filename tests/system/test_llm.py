@@ -47,10 +47,16 @@ def references(model: tuple[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.fixture(scope="module", params=[(mode, chunk) for mode in MODES for chunk in (16, None)], ids=str)
-def llm(request: pytest.FixtureRequest, model: tuple[str, Any]) -> Iterator[LLM]:
+def llm(
+    request: pytest.FixtureRequest, model: tuple[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LLM]:
     """A running system of each mode and chunk size; nothing may be left behind in it."""
     mode, chunk_size = request.param
-    with LLM(model[0], mode=mode, chunk_size=chunk_size, **SETTINGS) as running:
+    drafting: dict[str, str] = {}
+    if chunk_size is not None:  # by a model that is always wrong
+        drafting = {"speculation_method": "draft_model", "speculation_model": str(tmp_path_factory.mktemp("qwen3"))}
+        save_model(Path(drafting["speculation_model"]), "qwen3")
+    with LLM(model[0], mode=mode, chunk_size=chunk_size, **SETTINGS, **drafting) as running:
         yield running
         assert_no_leaks(running)
 

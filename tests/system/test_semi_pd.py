@@ -134,12 +134,14 @@ def test_replicas_beside_a_disaggregated_pair(model: str, expected: list[list[in
     ]
     ladder: dict[str, list[int]] = {"prefill": [], "decode": []}
     options = SETTINGS | {"gpu_instances": instances, "ladder": ladder, "num_sleepers": 0}
-    with LLM(model, mode="semi_pd", **options) as llm:
+    drafting = {"speculation_method": "draft_model", "speculation_model": model}
+    with LLM(model, mode="semi_pd", **options, **drafting) as llm:
         prompts, sampling = requests()
         outputs = llm.generate(prompts, with_predictions(sampling, expected), use_tqdm=False)
         assert [output["token_ids"] for output in outputs] == expected
         work = llm.get_system_stats()["gpu_instances"]
         assert all(work[name]["generated_tokens"] > 0 for name in work)
+        assert llm.get_system_stats()["cpu_scheduler"]["speculation"]["draft_model"]["accepted_tokens"] > 0
         assert_no_leaks(llm)
 
 
@@ -156,6 +158,8 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
         max_restarts=100,
         tpot_target_ms=30.0,  # what a mixed step may take, and whether all take part in it
         scheduler="tests.support.dawdler:Dawdler",
+        speculation_method="auto",
+        speculation_model=model,
         **SETTINGS,
     )
     # A request may be in the steps of each worker that is killed, without a token in between.

@@ -93,8 +93,10 @@ def of_one_rank(model: tuple[str, Any]) -> list[Any]:
 def llm(request: pytest.FixtureRequest, model: tuple[str, Any]) -> Iterator[LLM]:
     """Systems of two ranks per instance; nothing may be left behind in them."""
     settings = SETTINGS | {"kv_transfer_backend": "tests.support.faulty_transfers:FailsOnceOnRank1"}
-    with LLM(model[0], mode=request.param, tensor_parallel_size=2, **settings) as running:
+    drafting = {"speculation_method": "draft_model", "speculation_model": model[0]}
+    with LLM(model[0], mode=request.param, tensor_parallel_size=2, **settings, **drafting) as running:
         yield running
+        assert running.get_system_stats()["cpu_scheduler"]["speculation"]["draft_model"]["accepted_tokens"] > 0
         assert_no_leaks(running)
 
 

@@ -43,7 +43,8 @@ class SharedMemoryKVTransfer(OneSidedKVTransfer):
             StartupError: if the end of a sender could not be seen from here.
         """
         await self._leases.open_leases(sources)
-        return f"{self.kv_blocks.nbytes} {self._handle}"
+        # the arena is larger than its blocks if a draft model has a part of it, or there is a spare block
+        return f"{self.kv_blocks.untyped_storage().nbytes()} {self._handle}"
 
     async def close_receive_window(self, sources: list[Peer], senders_done: bool) -> None:
         await self._leases.wait_until_over(sources, senders_done)

@@ -79,6 +79,7 @@ VALUES = {
     "rpc.key_file": "key",
     "server.cors_origins": "['https://page.example']",
     "speculation.max_draft_tokens": "5",
+    "speculation.model": "other",
     "telemetry.otlp_endpoint": "http://127.0.0.1:4318/v1/traces",
 }
 """Values of keys for which `value_for` has none; all others have a word or a number."""
@@ -88,6 +89,7 @@ NEEDS = {
     "kv_transfer.mooncake_device": ("--kv_transfer.backend", "mooncake"),
     "launcher": ("--rpc.port", "50050"),
     "semi_pd.mixed": ("--semi_pd.ladder.unified", "[100]"),
+    "speculation.model": ("--speculation.method", "draft_model"),
 }
 """Flags that a key needs beside its own."""
 
@@ -127,7 +129,7 @@ def test_each_key_has_a_flag_that_sets_it() -> None:
         assert value != default_of(key), key
         value = json.loads(msgspec.json.encode(value))
         expected = yaml.safe_load(text)
-        if key in ("model.path", "model.tokenizer_path", "rpc.key_file"):
+        if key in ("model.path", "model.tokenizer_path", "speculation.model", "rpc.key_file"):
             expected = str(Path(text).absolute())
         if key == "gpu_instances":
             [value], [expected] = value, expected

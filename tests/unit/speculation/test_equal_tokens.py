@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.sampling_params import SamplingParams
 from tests.support.model_zoo import VOCAB_SIZE, save_model
 from tests.support.plan_driver import Driver, Sequence
@@ -62,3 +63,39 @@ def test_whatever_is_guessed_the_tokens_are_the_same(model: str, tmp_path: Path)
             assert driver.num_accepted == driver.num_drafted
         else:
             assert driver.num_accepted < driver.num_drafted
+
+
+@pytest.mark.parametrize("model", ["qwen3", "another"])
+def test_a_draft_model_changes_no_token_and_the_model_itself_is_always_right(model: str, tmp_path: Path) -> None:
+    """The model drafts for itself, or another one does, with kept and with missing KV, for every kind of sampling."""
+    save_model(tmp_path / "model", "qwen3")
+    save_model(tmp_path / "draft", "llama" if model == "another" else model)
+    runner = make_runner(tmp_path / "model", draft_model=str(tmp_path / "draft"))
+    prompts = [make_prompt(length) for length in (3, 16, 31, 33, 20, 5)]
+    outputs, rates = [], []
+    for drafts in (False, True):
+        rng = random.Random(2)
+
+        def draft(sequence: Sequence, limit: int, rng: random.Random = rng) -> list[int]:
+            if rng.random() < 0.05:
+                sequence.num_read = 0  # as if its KV were lost
+            return [TO_BE_DRAFTED] * min(rng.choice((0, 1, 2, 5, 15)), limit)
+
+        driver = Driver(runner, chunk=16, drafter=draft if drafts else None)
+        outputs.append(
+            driver.run(
+                *(
+                    driver.add(prompt, NUM_NEW, slot, sampling=sampling, end_token_ids=END_TOKENS)
+                    for slot, (prompt, sampling) in enumerate(zip(prompts, ALL_SAMPLING, strict=True))
+                )
+            )
+        )
+        rates.append(driver.num_accepted / max(driver.num_drafted, 1))
+    assert outputs[0] == outputs[1]
+    assert rates[1] < 1  # penalties, biases and truncation change what the model would say
+    plain = [driver.add(prompt, NUM_NEW, slot) for slot, prompt in enumerate(prompts)]
+    driver.num_drafted = driver.num_accepted = 0
+    driver.run(*plain)
+    assert driver.num_drafted > 100
+    if model != "another":
+        assert driver.num_accepted == driver.num_drafted
