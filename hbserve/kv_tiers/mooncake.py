@@ -7,8 +7,6 @@ was read or looked up is safe for a while (its lease).
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +15,8 @@ import torch
 
 from hbserve.errors import HBServeError
 from hbserve.kv_tiers.base import BlockName, KVTier, KVTierContext
-from hbserve.kv_tiers.mooncake_library import MooncakeTierError, load_library, local_address
+from hbserve.kv_tiers.mooncake_library import MooncakeTierError, check_answers, load_library, local_address
 
-_PROBE = "hbserve.kv_tiers.mooncake_probe"
 _NO_ROOM = -200
 _NOT_FOUND = -704
 _WRONG_SIZE = -600
@@ -37,7 +34,7 @@ class MooncakeTier(KVTier):
 
     def __init__(self, context: KVTierContext) -> None:
         assert context.config.master is not None, "the configuration checks it"
-        self._config, self._master, self._timeout_s = context.config, context.config.master, context.timeout_s
+        self._config, self._master = context.config, context.config.master
         self._library = load_library()
         self._lock = threading.Lock()
         self._client: Any = None
@@ -53,7 +50,7 @@ class MooncakeTier(KVTier):
         """
         with self._lock:
             if self._client is None:
-                self._probe()
+                check_answers(self._config)  # the library takes 4 s for that, in which no Python runs in this process
                 client = self._library.MooncakeDistributedStore()
                 code = client.setup(local_address(self._config), "P2PHANDSHAKE", 0, 0, "tcp", "", self._master)
                 if code:
@@ -62,16 +59,6 @@ class MooncakeTier(KVTier):
                 for buffer in self._buffers:
                     self._register(buffer)
             return self._client
-
-    def _probe(self) -> None:
-        """Connect once in another process: the library blocks this one for 90 s if the master does not answer."""
-        command = [sys.executable, "-m", _PROBE, local_address(self._config), self._master]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=self._timeout_s, check=False)
-        except subprocess.TimeoutExpired:
-            done = None
-        if done is None or done.returncode:
-            raise MooncakeTierError(f"kv_cache.store: no Mooncake master answers at {self._master}")
 
     def _register(self, buffer: torch.Tensor) -> None:
         code = self._client.register_buffer(buffer.data_ptr(), buffer.nbytes)

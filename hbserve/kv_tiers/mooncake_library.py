@@ -18,6 +18,12 @@ _INSTALL = (
 )
 
 
+_CONNECT_TIMEOUT_S = 1.0
+_ENVIRONMENT = {"MC_RPC_TIMEOUT_MS": "1000", "MC_RPC_CONNECT_TIMEOUT_MS": "1000", "MC_STORE_CLIENT_SETUP_RETRIES": "1"}
+"""Limits of what the library asks the master; by default it waits for 30 s, and 20 times. No Python runs in the process
+while it connects."""
+
+
 class MooncakeTierError(HBServeError):
     """The Mooncake Store does not do what it should."""
 
@@ -29,6 +35,8 @@ def load_library() -> Any:
         StartupError: if it is missing.
     """
     os.environ.pop("MC_LOG_DIR", None)  # with it the library ends the process
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         library = importlib.import_module("mooncake.store")
     except ImportError as error:
@@ -53,6 +61,19 @@ def local_address(config: StoreTierConfig) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise MooncakeTierError(f"kv_cache.store.master: {host}: {error.strerror}") from None
+
+
+def check_answers(config: StoreTierConfig) -> None:
+    """Connect to the master.
+
+    Raises:
+        MooncakeTierError: if it does not answer.
+    """
+    try:
+        socket.create_connection(config.address, _CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        what = f"kv_cache.store: the master at {config.master} does not answer: {error.strerror or error}"
+        raise MooncakeTierError(what) from None
 
 
 def binary(name: str) -> str:

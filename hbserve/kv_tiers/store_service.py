@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from hbserve.config import StoreTierConfig
 from hbserve.errors import StartupError
-from hbserve.kv_tiers.mooncake_library import binary, local_address
+from hbserve.kv_tiers.mooncake_library import binary, check_answers, local_address
 from hbserve.process.parent import RestartBudget
 
 logger = logging.getLogger(__name__)
@@ -62,16 +62,16 @@ class StoreService:
         memory += [f"--master_server_address={config.master}", f"--global_segment_size={config.bytes}"]
         memory += ["--protocol=tcp", *_LOGGING]
         self._parts.append(_Part(f"memory of {config.bytes} bytes", memory, address))
-        self._config, self._host, self._port = config, host, port
+        self._config = config
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], object] = lambda: None) -> None:
         """Run until ``stop`` is set.
 
         Raises:
-            StartupError: if a part does not start, or ends too often.
+            HBServeError: if a part does not start, or ends too often, or there is no master elsewhere.
         """
-        if not self.has_master and not _answers(self._host, self._port):
-            raise StartupError(f"kv_cache.store.master: nothing answers at {self._config.master}; start its host first")
+        if not self.has_master:
+            check_answers(self._config)
         tasks = [asyncio.create_task(_wait(stop))]
         try:
             for part in self._parts:
@@ -87,11 +87,6 @@ class StoreService:
             await asyncio.gather(*tasks, return_exceptions=True)
             for part in reversed(self._parts):
                 await part.end()
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the parts: the master, if it is here, and the memory."""
-        return [part.pid for part in self._parts]
 
 
 _LOGGING = ("--logtostderr=true", "--minloglevel=2")
@@ -110,11 +105,6 @@ class _Part:
         self._host, self._port = host, port
         self._budget = RestartBudget(_MAX_RESTARTS)
         self._process: asyncio.subprocess.Process | None = None
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None, "start() comes first"
-        return self._process.pid
 
     async def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "MC_LOG_DIR"}

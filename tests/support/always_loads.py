@@ -1,4 +1,7 @@
-"""A scheduler that loads from a KV tier whatever it has: small models are computed about as fast as they are loaded."""
+"""A scheduler that loads from a KV tier whatever it has: small models are computed about as fast as they are loaded.
+
+Tiers that have failed rest for a moment only, so that a test need not wait for them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 from typing import Any
 
 from hbserve.scheduler.scheduler import CpuScheduler
+from hbserve.scheduler.tiers import tracker
 
 
 class AlwaysLoads(CpuScheduler):
@@ -13,4 +17,5 @@ class AlwaysLoads(CpuScheduler):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        tracker._REST_S = 0.2
         self._requests.tiers._compute_s = lambda tokens, start: math.inf

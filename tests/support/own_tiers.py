@@ -52,21 +52,21 @@ class WrongTier(DictTier):
 
     def __init__(self, context: KVTierContext) -> None:
         super().__init__(context)
-        self._calls = 0
+        self._num_gets = self._num_lookups = 0
 
     def put(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
         raise LookupError("the wrong tier keeps nothing")
 
     def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
-        self._calls += 1
-        if self._calls % 3 == 0:
+        self._num_gets += 1
+        if self._num_gets % 3 == 0:
             raise ZeroDivisionError("the wrong tier cannot read")
-        if self._calls % 3 == 1:
+        if self._num_gets % 3 == 1:
             values.fill_(7)
         return {}
 
     def contains(self, names: Sequence[BlockName]) -> list[bool]:
-        self._calls += 1
-        if self._calls == 4:
-            threading.Event().wait(3.0)
+        self._num_lookups += 1
+        if self._num_lookups == 2:
+            threading.Event().wait(1.5)
         return [True] * len(names)

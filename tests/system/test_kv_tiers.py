@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from hbserve import LLM, SamplingParams
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.support.model_zoo import save_model
+from tests.support.store_process import StoreProcess, running_store
 
 DEADLINE_S = 60.0
 NUM_TOKENS = 6
@@ -48,8 +50,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Case]]:
     return make_model(tmp_path_factory.mktemp("qwen3"))
 
 
-def tier(llm: LLM) -> dict[str, Any]:
-    found: dict[str, Any] = llm.get_system_stats()["kv_tiers"]["host"]
+class Filled(NamedTuple):
+    """What a system that has ended leaves behind: it was asked all cases. ``disk``: ``kv_cache.disk``."""
+
+    disk: dict[str, Any]
+    store: StoreProcess
+
+
+@pytest.fixture(scope="module")
+def filled(model: tuple[str, list[Case]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
+    folder, cases = model
+    disk = {"path": str(tmp_path_factory.mktemp("disk")), "bytes": 4 << 20}
+    with running_store(tmp_path_factory.mktemp("store")) as store:
+        settings = SETTINGS | {"num_blocks": 200, "host_bytes": 0, "disk": disk, "store": store.settings}
+        with LLM(folder, mode="unified", **settings) as llm:
+            ask_one_by_one(llm, cases)
+            wait_for(lambda: all(tier(llm, name)["stored_blocks"] >= 5 * 9 for name in ("disk", "store")))
+        yield Filled(disk, store)
+
+
+def tier(llm: LLM, name: str = "host") -> dict[str, Any]:
+    found: dict[str, Any] = llm.get_system_stats()["kv_tiers"][name]
     return found
 
 
@@ -77,33 +98,89 @@ def flip_bytes() -> None:
         os.pwrite(descriptor, bytes([os.pread(descriptor, 1, offset)[0] ^ 16]), offset)
 
 
-def ask_one_by_one(llm: LLM, cases: list[Case]) -> None:
+def ask_one_by_one(llm: LLM, cases: list[Case], salt: str | None = None) -> None:
+    """Ask, and compare the answers; under another salt no tier has anything."""
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, cache_salt=salt)
     for prompt, answer in cases:
-        [output] = llm.generate([prompt], [GREEDY], use_tqdm=False)
+        [output] = llm.generate([prompt], [sampling], use_tqdm=False)
         assert output["token_ids"] == answer
 
 
 @pytest.mark.parametrize("mode", ["unified", "disaggregated", "semi_pd"])
-def test_answers_are_those_of_a_system_without_tiers(model: tuple[str, list[Case]], mode: str) -> None:
-    check_answers(*model, mode=mode)
+def test_answers_are_those_of_a_system_without_tiers(model: tuple[str, list[Case]], filled: Filled, mode: str) -> None:
+    check_answers(*model, mode=mode, store=filled.store.settings)
 
 
-def test_a_restarted_system_loads_from_the_disk(model: tuple[str, list[Case]], tmp_path: Path) -> None:
+def test_a_restarted_system_loads_from_the_disk_and_trusts_neither_it_nor_a_store_of_its_own(
+    model: tuple[str, list[Case]], filled: Filled
+) -> None:
     folder, cases = model
-    settings = SETTINGS | {"num_blocks": 200, "host_bytes": 0, "disk": {"path": str(tmp_path), "bytes": 4 << 20}}
-    with LLM(folder, mode="unified", **settings) as llm:
-        ask_one_by_one(llm, cases)
-        wait_for(lambda: llm.get_system_stats()["kv_tiers"]["disk"]["stored_blocks"] >= 5 * 9)
-    [file] = tmp_path.iterdir()
+    [file] = Path(filled.disk["path"]).iterdir()
     data = bytearray(file.read_bytes())
     for place in range(500_000, 1_300_000, 1024):  # the later half of the blocks
         data[place] ^= 1
     file.write_bytes(data)
+    wrong = {"backend": "tests.support.own_tiers:WrongTier", "bytes": 4 << 20}
+    settings = SETTINGS | {"num_blocks": 200, "host_bytes": 0, "disk": filled.disk, "store": wrong}
     with LLM(folder, mode="unified", **settings) as llm:
         ask_one_by_one(llm, cases)
-        disk = llm.get_system_stats()["kv_tiers"]["disk"]
-        assert disk["loaded_blocks"] > 0
-        assert disk["failures"]["checksum"] > 0
+        assert tier(llm, "disk")["loaded_blocks"] > 0
+        assert tier(llm, "disk")["failures"]["checksum"] > 0
+        for salt in "abcdef":
+            ask_one_by_one(llm, cases[:1], salt)
+            time.sleep(0.25)  # it has rested
+        failures = tier(llm, "store")["failures"]
+        assert failures.keys() >= {"checksum", "backend", "lookup"}
+        assert tier(llm, "store")["saved_prompt_tokens"] == 0
+        assert llm.get_system_stats()["events"]["tier_failed"] >= 3
+        assert_no_leaks(llm)
+
+
+def test_a_store_that_is_damaged_stopped_and_killed_changes_no_answer(
+    model: tuple[str, list[Case]], filled: Filled
+) -> None:
+    folder, cases = model
+    store = filled.store
+    settings = SETTINGS | {"host_bytes": 0, "store": store.settings}
+    with LLM(folder, mode="unified", **settings) as llm:
+        ask_one_by_one(llm, cases)
+        loaded = tier(llm, "store")["loaded_blocks"]
+        assert loaded >= 15
+        assert store.flip_bytes() > 100
+        ask_one_by_one(llm, cases)
+        assert tier(llm, "store")["failures"]["checksum"] > 0
+        ask_one_by_one(llm, cases)  # wrong values were removed, and right ones stored
+        assert tier(llm, "store")["loaded_blocks"] > loaded
+
+        # The memory's process ends while blocks are copied to and from it.
+        memory = store.pid_of("mooncake_client")
+        store.signal("mooncake_client", signal.SIGSTOP)
+        killer = threading.Timer(0.5, store.signal, ("mooncake_client", signal.SIGKILL))
+        killer.start()
+        ask_one_by_one(llm, cases)
+        ask_one_by_one(llm, cases[:2], "a")
+        killer.join()
+        store.wait_restarted("mooncake_client", memory)
+
+        # The master does not answer, and ends.
+        master, lookups = store.pid_of("mooncake_master"), tier(llm, "store")["failures"].get("lookup", 0)
+        store.signal("mooncake_master", signal.SIGSTOP)
+
+        def is_late() -> bool:
+            ask_one_by_one(llm, cases[:1], str(time.monotonic()))
+            return bool(tier(llm, "store")["failures"].get("lookup", 0) > lookups)
+
+        wait_for(is_late)
+        store.signal("mooncake_master", signal.SIGKILL)
+        store.wait_restarted("mooncake_master", master)
+
+        # The same system uses the new store.
+        def is_stored_again() -> bool:
+            stored = tier(llm, "store")["stored_blocks"]
+            ask_one_by_one(llm, cases[:1], str(time.monotonic()))
+            return bool(tier(llm, "store")["stored_blocks"] > stored)
+
+        wait_for(is_stored_again)
         assert_no_leaks(llm)
 
 
@@ -111,6 +188,9 @@ def check_answers(folder: str, cases: list[Case], **settings: Any) -> None:
     """Ask a system whose blocks are evicted, preempted, damaged and lost."""
     with LLM(folder, **(SETTINGS | settings)) as llm:
         ask_one_by_one(llm, cases)  # each evicts those before it
+        if "store" in settings:
+            assert tier(llm, "store")["loaded_blocks"] >= 15  # another system has stored them
+            assert not tier(llm, "store")["failures"]
         ask_one_by_one(llm, cases)
         loaded = tier(llm)["loaded_blocks"]
         assert loaded >= 15
