@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 
+from hbserve.cache_folder.transformers_import import leave_out_torch
 from hbserve.config import Config, from_dict
 from hbserve.frontend.engine_client import EngineClient
 from hbserve.frontend.text_engine import TextEngine
@@ -20,7 +21,6 @@ from hbserve.server.guard import Guard
 from hbserve.server.keys import Keys
 from hbserve.server.serve import serve
 from hbserve.tokenizer import Tokenizer
-from hbserve.tokenizer_files import leave_out_torch
 
 START_TIMEOUT_S = 60.0
 

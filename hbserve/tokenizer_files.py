@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,27 +23,6 @@ _OTHER_FILES = ("*.jinja", "additional_chat_templates/*.jinja", "vocab.*", "merg
 """Patterns of what the libraries read besides, and would wait for if it were a pipe."""
 _IMPORTING = threading.Lock()
 """transformers imports its parts at their first use, and fails if two threads do this at once."""
-
-
-def leave_out_torch() -> None:
-    """Keep transformers from importing its parts for torch, which neither tokenizers nor configurations need.
-
-    This halves the start time of a process and saves 180 MB. Other code can still import torch. For processes of
-    HBServe only, and before they have other threads: in this process transformers will never find torch.
-    """
-    if "transformers" in sys.modules:
-        return
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would warn that torch is missing
-    torch = sys.modules.get("torch")
-    sys.modules["torch"] = None  # type: ignore[assignment]  # makes Python raise ImportError
-    try:
-        import transformers.utils
-
-        transformers.utils.is_torch_available()  # it remembers the answer
-    finally:
-        del sys.modules["torch"]
-        if torch is not None:
-            sys.modules["torch"] = torch
 
 
 def has_tokenizer(folder: Path) -> bool:

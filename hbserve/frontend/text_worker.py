@@ -33,6 +33,7 @@ import msgspec
 import zmq
 
 from hbserve import bounded_json
+from hbserve.cache_folder.transformers_import import leave_out_torch
 from hbserve.config import Config
 from hbserve.errors import ContextLengthError, InvalidRequestError
 from hbserve.grammar import start_thread
@@ -63,7 +64,6 @@ from hbserve.rpc.async_socket import AsyncSocket
 from hbserve.tokenizer import Tokenizer
 from hbserve.tokenizer.chat_template import MAX_AT_ONCE, TEMPLATE_ERRORS
 from hbserve.tokenizer.text_service import LONG_TEXT, TextDecoding
-from hbserve.tokenizer_files import leave_out_torch
 
 logger = logging.getLogger(__name__)
 

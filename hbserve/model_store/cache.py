@@ -1,9 +1,8 @@
-"""The cache folder, ``$HBSERVE_CACHE`` or ``~/.cache/hbserve``: folders that are made once, each whole or not there."""
+"""Folders that are made once and kept in the cache folder, each whole or not there."""
 
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import sys
 import time
@@ -11,17 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hbserve.cache_folder import CACHE_VARIABLE, cache_folder
 from hbserve.errors import ModelError
 
-CACHE_VARIABLE = "HBSERVE_CACHE"
 _MAX_WAIT_S = 3600.0
 _POLL_INTERVAL_S = 0.2
-
-
-def cache_folder() -> Path:
-    """Return the cache folder, which need not exist yet."""
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "hbserve"
 
 
 def kept_folder(name: str, make: Callable[[Path], None]) -> Path:

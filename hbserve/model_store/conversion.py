@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hbserve.cache_folder import cache_folder
 from hbserve.errors import ModelError
-from hbserve.model_store.cache import cache_folder, kept_folder, tell
+from hbserve.model_store.cache import kept_folder, tell
 
 _VERSION = 1
 _TIMEOUT_S = 3600

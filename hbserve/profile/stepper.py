@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from hbserve.cache_folder.transformers_import import leave_out_torch
 from hbserve.config import Config, InstanceConfig, ModelConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.worker import SequenceState, StepPlan
 from hbserve.policy.probe_step import ProbeSize, probe_rows
 from hbserve.process import child
-from hbserve.tokenizer_files import leave_out_torch
 
 if TYPE_CHECKING:
     from hbserve.engine.model_runner import ModelRunner, PendingStep

@@ -18,10 +18,10 @@ from typing import Any
 
 import msgspec
 
+from hbserve.cache_folder.transformers_import import leave_out_torch
 from hbserve.config import Config
 from hbserve.errors import HBServeError
 from hbserve.process import child
-from hbserve.tokenizer_files import leave_out_torch
 
 EXIT_DEVICE_FAILED = 73
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hbserve.cache_folder.transformers_import import leave_out_torch
 from hbserve.config import Config, ServerConfig
 from hbserve.config.validation import is_loopback
 from hbserve.errors import ConfigError, HBServeError, ShuttingDownError
@@ -27,7 +28,6 @@ from hbserve.server.keys import Keys, refuse_public
 from hbserve.server.serve import bind, serve
 from hbserve.system.disaggregated_llm import DisaggregatedLLM
 from hbserve.tokenizer import Tokenizer
-from hbserve.tokenizer_files import leave_out_torch
 
 if TYPE_CHECKING:
     from hbserve.server.guard import Guard

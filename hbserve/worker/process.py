@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from hbserve.cache_folder.transformers_import import leave_out_torch
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import Standby
@@ -19,7 +20,6 @@ from hbserve.messages.tiers import HostMemory
 from hbserve.model_store import with_model_folder
 from hbserve.process import child
 from hbserve.process.stopwatch import Stopwatch, process_start
-from hbserve.tokenizer_files import leave_out_torch
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.rank_group import EXIT_RANK_LOST, RankGroup
 from hbserve.worker.standby import stand_by

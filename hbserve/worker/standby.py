@@ -15,12 +15,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from hbserve.cache_folder.transformers_import import leave_out_torch
 from hbserve.errors import HBServeError
 from hbserve.messages.rank import Standby
 from hbserve.platform import Partition, mps
 from hbserve.process import child
 from hbserve.process.stopwatch import Stopwatch
-from hbserve.tokenizer_files import leave_out_torch
 
 logger = logging.getLogger(__name__)
 

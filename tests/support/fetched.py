@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hbserve.model_store.cache import CACHE_VARIABLE, kept_folder
+from hbserve.cache_folder import CACHE_VARIABLE
+from hbserve.model_store.cache import kept_folder
 
 __all__ = ["kept_folder"]
 

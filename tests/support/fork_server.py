@@ -308,7 +308,7 @@ def _main() -> None:
         return
     import setproctitle
 
-    from hbserve.tokenizer_files import leave_out_torch
+    from hbserve.cache_folder.transformers_import import leave_out_torch
 
     leave_out_torch()
     from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hbserve.cache_folder import CACHE_VARIABLE
 from hbserve.errors import ModelError
-from hbserve.model_store.cache import CACHE_VARIABLE, kept_folder
+from hbserve.model_store.cache import kept_folder
 
 MAKER = """
 import os, sys, time

