@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import torch
 
-from hbserve.config import KVCacheConfig
+from hbserve.config import KVCacheConfig, StoreTierConfig
 from hbserve.kv_cache.host_memory import HostMemoryOwner
 from hbserve.kv_tiers.rank_tiers import RankTiers
 from hbserve.kv_transfer.block_parts import BlockParts, checksums_of, put_blocks, take_blocks
 from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
 from hbserve.messages.transfer import LayerGroup
 from hbserve.platform import make_platform
+from tests.support.own_tiers import DictTier
+from tests.support.store_process import running_store
 from tests.system.test_kv_tiers import Case, check_answers, make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -90,3 +93,48 @@ async def test_both_directions_at_once_lose_nothing() -> None:
             checksums = result.checksums or checksums
     assert torch.equal(arena[others], before[blocks])
     owner.close()
+
+
+def test_answers_are_the_same_with_a_store(model: tuple[str, list[Case]], tmp_path: Path) -> None:
+    pytest.importorskip("mooncake.store")
+    folder, cases = model
+    with running_store(tmp_path) as store:
+        settings = {"mode": "unified", "device": "cuda", "store": store.settings}
+        check_answers(folder, cases, **settings, expects_stored=False)
+        check_answers(folder, cases, **settings)
+
+
+async def test_blocks_of_a_gpu_pass_through_the_hosts_memory_to_a_tier_by_name() -> None:
+    platform = make_platform("cuda", 0, None, 1, 0, 1)
+    platform.activate()
+    arena = torch.randint(0, 256, (400, 147456), dtype=torch.uint8, device="cuda")
+    results: asyncio.Queue[TierResult] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def report(result: TierResult) -> None:
+        loop.call_soon_threadsafe(results.put_nowait, result)
+
+    config = KVCacheConfig(store=StoreTierConfig(bytes=1 << 30, backend="tests.support.own_tiers:DictTier"))
+    tiers = RankTiers(config, None, platform, arena, 0, 1, report)
+    keys = [number.to_bytes(16, "big") for number in range(200)]
+    places = list(range(200))
+    tiers.handle(StoreBlocks(epoch=0, job_id=1, tier="store", keys=keys, slots=places, block_ids=places))
+    stored = await asyncio.wait_for(results.get(), 60.0)
+    assert not stored.failures
+    DictTier.kept[min(DictTier.kept)][5000] ^= 1
+    for checksums in (stored.checksums, [[] for _ in keys]):
+        arena[200:].zero_()
+        tiers.handle(
+            LoadBlocks(
+                epoch=0,
+                job_id=2,
+                tier="store",
+                keys=keys,
+                slots=places,
+                block_ids=list(range(200, 400)),
+                checksums=checksums,
+            )
+        )
+        loaded = await asyncio.wait_for(results.get(), 60.0)
+        assert loaded.failures in ({0: "checksum"}, {0: "missing"})  # the wrong value was removed
+        assert torch.equal(arena[201:400], arena[1:200])
