@@ -33,6 +33,9 @@ _MIN_OVERDUE_S = 1.0
 OVERDUE_SHARE = 0.1
 """Share of prefill's time that overdue prompts get, however many others could still keep their targets."""
 _MAX_OWED_S = 1.0
+_HANDICAP = 2.0
+"""Where targets are a guess, a prompt goes after those that come within so many times its own duration."""
+_MAX_HANDICAP_S = 0.3
 _NUM_TARGETS = 64
 """Arrivals whose targets count as those of the requests that may come next."""
 
@@ -47,6 +50,10 @@ class Prompt(Protocol):
     @property
     def tokens(self) -> Sized:
         """Tokens to compute."""
+
+    @property
+    def expected_cached_tokens(self) -> int:
+        """Leading tokens that were cached when the request began to wait."""
 
     @property
     def arrival(self) -> float:
@@ -146,7 +153,11 @@ class SloAware(QueuePolicy):
     defers the prompt with the most left to compute so far. Deferred prompts are computed when the others leave time.
     Least laxity alone would serve, under overload, the prompts that are about to be late, until all of them are.
 
-    Without targets nothing is deferred, and the order is that of arrival.
+    Without targets nothing is deferred, and the order is that of arrival. Where targets are a guess, nothing is
+    deferred either: a deferred request would pay for the guess. The order is then that of arrival plus twice the
+    prompt's own duration, at most 0.3 s. Short prompts pass long ones that came shortly before, which makes the median
+    shorter. No prompt is passed by one that comes 0.3 s after it, so the longest times are nearly those of first come,
+    first served. While some of the last requests have targets of their own, guessed ones are deadlines like these.
 
     No prompt starves. One that has waited for `OVERDUE_TARGETS` times its target, and for a second, is *overdue*. Of
     the time in which prompts are computed, overdue ones get `OVERDUE_SHARE`, the earliest deadline first. An account
@@ -155,11 +166,19 @@ class SloAware(QueuePolicy):
     Args:
         predictor: of steps with prompts, at all workers that take prompts from this queue.
         default_ttft_ms: target of requests that come without one.
+        soft_target_ms: returns a guess of that target, by the number of prompt tokens; None: it is no guess.
     """
 
-    def __init__(self, predictor: StepTimePredictor, default_ttft_ms: float | None) -> None:
+    def __init__(
+        self,
+        predictor: StepTimePredictor,
+        default_ttft_ms: float | None,
+        soft_target_ms: Callable[[int], float | None] | None = None,
+    ) -> None:
         self._predictor = predictor
         self._default_ttft_ms = default_ttft_ms
+        self._soft_target_ms = soft_target_ms
+        self._num_since_target = _NUM_TARGETS  # arrivals since the last one with a target that is no guess
         self._deferred: set[Prompt] = set()  # admitted ones included
         self._owed_s = 0.0  # to overdue prompts
         self._overdue: Prompt | None = None  # the one whose deadline was first
@@ -167,18 +186,30 @@ class SloAware(QueuePolicy):
         self._has_targets = False
 
     def rank(self, sequence: Prompt) -> Rank:
+        if self._soft_target_ms is not None and not self._has_targets:
+            return _group(sequence), sequence.arrival_time + self._handicap_s(sequence), sequence.arrival
         due = sequence.arrival_time + (self._target_ms(sequence) or _DEFAULT_TTFT_MS) / 1000
         return _group(sequence), due, sequence.arrival
+
+    def _handicap_s(self, sequence: Prompt) -> float:
+        """Return the time by which a prompt steps back behind later ones, where targets are a guess."""
+        return min(_HANDICAP * self._left_s(sequence, 0), _MAX_HANDICAP_S)
 
     def on_waiting(self, sequence: Prompt) -> None:
         """See `QueuePolicy.on_waiting`. Its target counts as that of requests that may come next."""
         if not sequence.is_batch:
             target_ms = self._target_ms(sequence)
             self._targets_ms.append(math.inf if target_ms is None else target_ms)
-            self._has_targets = min(self._targets_ms) < math.inf
+            is_guess = self._soft_target_ms is not None and sequence.ttft_target_ms is None
+            self._num_since_target = self._num_since_target + 1 if target_ms is None or is_guess else 0
+            self._has_targets = self._num_since_target < _NUM_TARGETS
 
     def _target_ms(self, sequence: Prompt) -> float | None:
-        return None if sequence.is_batch else sequence.ttft_target_ms or self._default_ttft_ms
+        if sequence.is_batch:
+            return None
+        if sequence.ttft_target_ms is not None:
+            return sequence.ttft_target_ms
+        return self._default_ttft_ms if self._soft_target_ms is None else self._soft_target_ms(len(sequence.tokens))
 
     @property
     def tightest_ttft_s(self) -> float:
@@ -251,7 +282,8 @@ class SloAware(QueuePolicy):
                 self._owed_s -= seconds
 
     def _left_s(self, sequence: Prompt, num_computed: int) -> float:
-        return SAFETY_FACTOR * self._predictor.prompt_s(max(0, len(sequence.tokens) - num_computed), num_computed)
+        start = num_computed or sequence.expected_cached_tokens
+        return SAFETY_FACTOR * self._predictor.prompt_s(max(0, len(sequence.tokens) - start), start)
 
     def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[int, Rank]:
         """See `QueuePolicy.key`. Prompts that can be in time go before deferred ones, and these before late ones."""
@@ -270,8 +302,8 @@ class SloAware(QueuePolicy):
         return self.key(sequence, 0, now)[0] >= _LATE
 
     def has_missed_target(self, sequence: Prompt, now: float) -> bool:
-        group, deadline, _ = sequence.rank
-        return group == _NEW and now > deadline and self._target_ms(sequence) is not None
+        target_ms = self._target_ms(sequence)
+        return sequence.rank[0] == _NEW and target_ms is not None and now > sequence.arrival_time + target_ms / 1000
 
 
 def make_policy(
@@ -286,7 +318,8 @@ def make_policy(
     if config.policy == "shortest_prompt_first":
         return ShortestPromptFirst(config.ageing_tokens_per_s)
     if config.policy == "slo_aware":
-        return SloAware(predictor, config.ttft_ms or controller_ttft_ms)
+        soft_target_ms = config.ttft_target_ms if config.targets_are_soft and config.ttft_ms is not None else None
+        return SloAware(predictor, config.ttft_ms or controller_ttft_ms, soft_target_ms)
     return QueuePolicy()
 
 

@@ -45,8 +45,8 @@ class WaitingQueue:
 
     def insert(self, sequence: Sequence) -> None:
         """Insert a sequence that begins to wait."""
-        sequence.rank = self.policy.rank(sequence)
         self.policy.on_waiting(sequence)
+        sequence.rank = self.policy.rank(sequence)
         if self.waiting and sequence.rank < self.waiting[-1].rank:
             bisect.insort(self.waiting, sequence, key=lambda other: other.rank)
         else:
@@ -244,6 +244,11 @@ class Admission:
         self._policy = policy
         self.is_full = False
 
+    def count_cached_tokens(self, sequence: Sequence) -> int:
+        """Count the tokens of a prompt that an instance which prefills has in its prefix cache now, at most."""
+        counts = (_cached_tokens(sequence, instance) for instance in self._instances.prefilling)
+        return min(max(counts, default=0), len(sequence.tokens) - 1)
+
     def allocate(self, sequence: Sequence) -> bool:
         """Allocate slots and blocks for prefill and decode, in the order of the placement; False if nothing fits now.
 
@@ -310,7 +315,7 @@ class Admission:
             if self._policy.key(admitted, allocation.num_planned, now) > key:
                 return False
             num_tokens += min(allocation.num_to_prefill, self._max_tokens_of_one)
-        return num_tokens >= self._enough_tokens
+        return num_tokens >= min(self._enough_tokens, instance.choice.tokens_per_step)
 
     def _fits(self, sequence: Sequence, instance: InstanceHandle, num_positions: int) -> bool:
         """Whether `_allocate` would succeed."""

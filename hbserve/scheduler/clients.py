@@ -188,7 +188,9 @@ class ClientMessages:
     def _with_target(self, request: AddRequest) -> AddRequest:
         """Give a request without a TTFT target the default one for its prompt's length, if there is such a rule."""
         targets, sampling = self._targets, request.sampling
-        if not targets.ttft_ms_per_1k_tokens or sampling.ttft_ms is not None or sampling.priority is not None:
+        if not targets.ttft_ms_per_1k_tokens or targets.targets_are_soft:
+            return request
+        if sampling.ttft_ms is not None or sampling.priority is not None:
             return request
         ttft_ms = targets.ttft_target_ms(len(request.prompt_token_ids))
         return msgspec.structs.replace(request, sampling=msgspec.structs.replace(sampling, ttft_ms=ttft_ms))

@@ -86,7 +86,7 @@ class SchedulerMetrics:
         sequence.metrics = self.collector.record_request_arrival(
             _name(sequence),
             sequence.num_prompt_tokens,
-            None if is_batch else sequence.ttft_target_ms or targets.ttft_ms,
+            None if is_batch else sequence.ttft_target_ms or targets.ttft_target_ms(sequence.num_prompt_tokens),
             None if is_batch else sequence.tpot_target_ms or targets.tpot_ms,
             is_new=sequence.request.resumed is None,
             is_batch=is_batch,

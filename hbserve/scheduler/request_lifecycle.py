@@ -146,10 +146,14 @@ class RequestLifecycle:
         if not self.waiting:
             self._queue.on_first_waiting(self._clock.now)
             self._admission.is_full = False
-        self._queue.insert(sequence)
+        self._wait(sequence)
         self._metrics.on_arrived(sequence)
         self._lookups.begin(sequence, self._instances.ready)
         logger.debug("request %s: taken, %d prompt tokens", sequence.id, sequence.num_prompt_tokens)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.expected_cached_tokens = self._admission.count_cached_tokens(sequence)
+        self._queue.insert(sequence)
 
     def predicted_ttft_s(self, sequence: Sequence) -> float:
         """Predict how long a request that has just come would wait for its first token."""
@@ -538,7 +542,7 @@ class RequestLifecycle:
         sequence.attempt += 1
         sequence.num_blocks_dispatched = 0
         sequence.open_transfers.clear()
-        self._queue.insert(sequence)
+        self._wait(sequence)
 
     # --- ends ------------------------------------------------------------------------------------
 

@@ -25,6 +25,9 @@ from hbserve.scheduler.worker import WorkerHandle
 _MAX_OVERHEAD = 0.1
 """Share of a step's time that does not depend on its work. Beside decode rows without a target, a step has no more
 prompt tokens than bring it down to this."""
+_SOFT_TOKENS_BESIDE_DECODE = 2000
+_SOFT_TOKENS_ALONE = 4096
+"""Prompt tokens of a step where targets are a guess. Larger steps compute prompts hardly faster."""
 _STEP_SHARE = 0.25
 """Share of the TTFT target that a step of prompts may take: what comes while it runs waits for its end."""
 _BATCH_SHARE = 0.1
@@ -75,6 +78,7 @@ class WorkerChoice:
         shares: each phase's percentage while both phases are busy.
         is_mixed: one worker does both phases, in the same steps.
         finishes_decodes: a prefill instance decodes what it had when it got this role.
+        tokens_per_step: prompt tokens that a step has time for, at most, as of the last plan.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class WorkerChoice:
     ) -> None:
         self.shares = dict.fromkeys(PHASES, 100)
         self.is_mixed = self.finishes_decodes = False
+        self.tokens_per_step = math.inf
         self._role = role
         self._clock = clock
         self._workers = workers
@@ -99,6 +104,9 @@ class WorkerChoice:
         slo = config.semi_pd.slo
         # Applies to requests without a target of their own; None: no target.
         self._tpot_target_ms = config.scheduler.tpot_ms if slo is None else slo.tpot_target_ms
+        self._targets_are_soft = config.scheduler.targets_are_soft
+        if self._targets_are_soft:
+            self._tpot_target_ms = None
         # Says when decode computes while prefill is busy at another worker; None: always.
         self._throttle: DecodeThrottle | None = None
         if slo is not None and slo.holds_back_decode:
@@ -310,6 +318,13 @@ class WorkerChoice:
         Args:
             ttft_s: the tightest TTFT target of requests that may come meanwhile; infinite: there is none.
         """
+        limit = self._step_limit(worker, phases, ttft_s)
+        if InstanceRole.PREFILL in phases:
+            in_time = worker.timing.predictor.tokens_within(StepWork(0, 0), 0, limit.seconds)
+            self.tokens_per_step = min(limit.prompt_tokens, max(limit.min_prompt_tokens, in_time))
+        return limit
+
+    def _step_limit(self, worker: WorkerHandle, phases: set[InstanceRole], ttft_s: float) -> StepLimit:
         max_step_s = _STEP_SHARE * ttft_s
         limit = StepLimit(max_step_s, batch_alone_s=_BATCH_SHARE * ttft_s, batch_delay_s=_BATCH_DELAY * ttft_s)
         decoding: list[tuple[Sequence, KVAllocation]] = []
@@ -329,7 +344,10 @@ class WorkerChoice:
             targets_ms = [ms for ms in targets_ms if ms > min_ms]
         known_tokens = int(min(predictor.max_known_tokens, max_tokens))
         if not targets_ms:
-            if decoding and self._has_no_token_limit:
+            if self._targets_are_soft:
+                limit = limit._replace(seconds=math.inf)
+                max_tokens = min(known_tokens, _SOFT_TOKENS_BESIDE_DECODE if decoding else _SOFT_TOKENS_ALONE)
+            elif decoding and self._has_no_token_limit:
                 efficient = max(predictor.efficient_tokens(_MAX_OVERHEAD), MIN_TOKENS_ALONE)
                 max_tokens = int(min(efficient, known_tokens))
             elif max_step_s < math.inf:

@@ -201,6 +201,7 @@ def _with_targets(config: Config, targets: Targets) -> Config:
         ttft_ms=targets.ttft_ms,
         ttft_ms_per_1k_tokens=targets.ttft_ms_per_1k_tokens,
         tpot_ms=targets.tpot_ms,
+        targets_are_soft=targets.ttft_ms is not None,
     )
     return msgspec.structs.replace(config, scheduler=scheduler)
 
@@ -333,6 +334,7 @@ def _with_system(
             slo["profile"] = str(found.path)
         document = msgspec.to_builtins(config)
         document["semi_pd"] |= {"slo": slo, "mixed": None}
+        document["scheduler"]["targets_are_soft"] = False  # the controller keeps them
         document["semi_pd"]["ladder"]["unified"] = None
         place = replace(places[0], instance_id="semi-0", instance_type=InstanceRole.SEMI_PD)
         return from_dict(document | {"mode": "semi_pd", "gpu_instances": [msgspec.to_builtins(place)]})

@@ -45,8 +45,8 @@ def waiting(
         sampling=SamplingParams(ttft_ms=ttft_ms, priority=priority),
     )
     sequence = Sequence(b"", request, next(arrivals), [1] * length, frozenset(), 1000, arrival_time=arrival_time)
-    sequence.rank = policy.rank(sequence)
     policy.on_waiting(sequence)
+    sequence.rank = policy.rank(sequence)
     return sequence
 
 
@@ -57,7 +57,7 @@ def predictor(s_per_token: float) -> StepTimePredictor:
     return known
 
 
-def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float) -> QueuePolicy:
+def policy(name: str, prefill_s_per_token: float = 0.01, **settings: float | bool) -> QueuePolicy:
     config = SchedulerConfig(policy=name, **settings)  # type: ignore[arg-type]
     return make_policy(config, predictor(prefill_s_per_token / SAFETY_FACTOR))
 
@@ -82,6 +82,28 @@ def test_short_prompts_pass_long_ones_but_not_for_ever() -> None:
     short = [waiting(shortest, float(second), 50) for second in range(12)]
     order = served(shortest, [long, *short], 12.0)
     assert order.index(0) == 9  # passed by those that arrived in the first 8.5 seconds
+
+
+def test_where_targets_are_a_guess_no_prompt_is_passed_by_those_that_come_much_later() -> None:
+    guess = {"ttft_ms": 100.0, "ttft_ms_per_1k_tokens": 200.0, "targets_are_soft": True}
+    soft = policy("slo_aware", prefill_s_per_token=1e-3, **guess)
+    long, middle = waiting(soft, 0.0, 900), waiting(soft, 0.0, 100)  # 0.9 s and 0.1 s: 0.3 s and 0.2 s back
+    short = [waiting(soft, 0.1 * number, 1) for number in range(6)]
+    late = 50.0  # all are far beyond 100 ms and are not given up
+    assert served(soft, [long, middle, *short], late) == [2, 3, 1, 4, 0, 5, 6, 7]
+    assert soft.has_missed_target(long, late)
+    assert not soft.gives_way(long, late)
+    assert soft.tightest_ttft_s == pytest.approx(0.1002)
+    waiting(soft, 60.0, 10, 500.0)  # a request with a target of its own: the guesses count as targets beside it
+    cached = waiting(soft, 60.0, 1000)
+    assert cached.rank[1] == pytest.approx(60.3)  # due 0.1 s and 0.2 s for each 1000 tokens later
+
+
+def test_what_is_cached_needs_no_time() -> None:
+    slo = policy("slo_aware", ttft_ms=1500.0)
+    requests = [waiting(slo, 0.0, 200), waiting(slo, 0.0, 200)]  # 2 s each
+    requests[1].expected_cached_tokens = 150
+    assert served(slo, requests, 0.0) == [1, 0]  # the first cannot be in time, the second can
 
 
 def test_a_prompt_is_computed_by_one_of_several_workers() -> None:
