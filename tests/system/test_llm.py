@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +32,69 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    """A random Gemma 3 and its folder: windows and two rotary embeddings by layer, norms at every place."""
-    folder = tmp_path_factory.mktemp("gemma3")
-    return str(folder), save_model(folder, "gemma3")
+CELLS = [
+    ("unified", 16, "gemma3"),
+    ("unified", None, "phi3"),
+    ("disaggregated", 16, "qwen3_moe"),
+    ("disaggregated", None, "gemma3"),
+]
+"""Mode, chunk size and model of each running system; one model runs in both modes."""
+
+
+class Models:
+    """Random models, made when a test first needs one."""
+
+    def __init__(self, make_folder: Callable[[str], Path]) -> None:
+        self._make_folder = make_folder
+        self._models: dict[str, tuple[str, Any]] = {}
+        self._references: dict[str, list[tuple[list[int], list[int]]]] = {}
+
+    def model(self, name: str) -> tuple[str, Any]:
+        """Return the folder and transformers' model."""
+        if name not in self._models:
+            folder = self._make_folder(name)
+            self._models[name] = str(folder), save_model(folder, name)
+        return self._models[name]
+
+    def references(self, name: str) -> list[tuple[list[int], list[int]]]:
+        """Return prompts of many lengths with their greedy continuations."""
+        if name not in self._references:
+            model = self.model(name)[1]
+            prompts = [random_prompt(length, seed=length) for length in LENGTHS]
+            self._references[name] = [(prompt, greedy_reference(model, prompt, NUM_TOKENS)) for prompt in prompts]
+        return self._references[name]
 
 
 @pytest.fixture(scope="module")
-def references(model: tuple[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """Prompts of many lengths with their greedy continuations."""
-    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
-    return [(prompt, greedy_reference(model[1], prompt, NUM_TOKENS)) for prompt in prompts]
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp)
 
 
-@pytest.fixture(scope="module", params=[(mode, chunk) for mode in MODES for chunk in (16, None)], ids=str)
-def llm(
-    request: pytest.FixtureRequest, model: tuple[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LLM]:
-    """A running system of each mode and chunk size; nothing may be left behind in it."""
-    mode, chunk_size = request.param
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """The model of the test's cell, or Gemma 3: windows and two rotary embeddings by layer, norms at every place."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return str(parameters["llm"][2]) if "llm" in parameters else "gemma3"
+
+
+@pytest.fixture
+def model(models: Models, name: str) -> tuple[str, Any]:
+    return models.model(name)
+
+
+@pytest.fixture
+def references(models: Models, name: str) -> list[tuple[list[int], list[int]]]:
+    return models.references(name)
+
+
+@pytest.fixture(scope="module", params=CELLS, ids=str)
+def llm(request: pytest.FixtureRequest, models: Models) -> Iterator[LLM]:
+    """A running system of each cell; nothing may be left behind in it."""
+    mode, chunk_size, name = request.param
     drafting: dict[str, str] = {}
     if chunk_size is not None:  # by a model that is always wrong
-        drafting = {"speculation_method": "draft_model", "speculation_model": str(tmp_path_factory.mktemp("qwen3"))}
-        save_model(Path(drafting["speculation_model"]), "qwen3")
-    with LLM(model[0], mode=mode, chunk_size=chunk_size, **SETTINGS, **drafting) as running:
+        drafting = {"speculation_method": "draft_model", "speculation_model": models.model("qwen3")[0]}
+    with LLM(models.model(name)[0], mode=mode, chunk_size=chunk_size, **SETTINGS, **drafting) as running:
         yield running
         assert_no_leaks(running)
 
@@ -88,7 +126,9 @@ def test_a_shared_prefix_is_reused_and_changes_nothing(llm: LLM, model: tuple[st
         assert output["token_ids"] == greedy_reference(model[1], prompt, NUM_TOKENS)
 
 
-def test_seeded_sampling_is_the_same_in_every_mode_chunking_and_batch(llm: LLM, seeded: dict[str, Any]) -> None:
+def test_seeded_sampling_is_the_same_in_every_mode_chunking_and_batch(
+    llm: LLM, name: str, seeded: dict[str, Any]
+) -> None:
     prompts = [random_prompt(length, seed=length) for length in (3, 40, 200)]
     sampling = [
         SamplingParams(temperature=0.9, seed=11, max_tokens=16, ignore_eos=True),
@@ -108,12 +148,12 @@ def test_seeded_sampling_is_the_same_in_every_mode_chunking_and_batch(llm: LLM, 
     alone = [llm.generate(p, s, use_tqdm=False)[0] for p, s in zip(prompts, sampling, strict=True)]
     tokens = [output["token_ids"] for output in outputs]
     assert [output["token_ids"] for output in alone] == tokens
-    assert seeded.setdefault("tokens", tokens) == tokens, "another mode gave other tokens for the same seeds"
+    assert seeded.setdefault(name, tokens) == tokens, "another mode gave other tokens for the same seeds"
 
 
 @pytest.fixture(scope="module")
 def seeded() -> dict[str, Any]:
-    """What the first mode sampled, for the others to be compared with."""
+    """What the first mode sampled of each model, for the others to be compared with."""
     return {}
 
 
@@ -245,7 +285,7 @@ def test_preemption_by_recompute_changes_no_token(
 
 
 # Those that differ in what lies in a block and in who sees it; the forward pass of all is tested in unit/models.
-@pytest.mark.parametrize("name", ["qwen3_head256", "qwen2_window", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["qwen3_head256", "qwen2_window", "gemma2"])
 def test_architectures_disaggregated(name: str, tmp_path: Path) -> None:
     reference = save_model(tmp_path, name, sharded=True)
     prompts = [random_prompt(length, seed=length) for length in (1, 50, 130)]

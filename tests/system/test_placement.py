@@ -16,8 +16,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    folder = tmp_path_factory.mktemp("qwen3")
-    return str(folder), save_model(folder, "qwen3")
+    folder = tmp_path_factory.mktemp("phi3")
+    return str(folder), save_model(folder, "phi3")
 
 
 def running(model_path: str, roles: list[str], **settings: Any) -> LLM:

@@ -42,9 +42,9 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    """A random Qwen3 and its folder."""
-    folder = tmp_path_factory.mktemp("qwen3")
-    return str(folder), save_model(folder, "qwen3")
+    """A random Granite, with factors of everything, and its folder."""
+    folder = tmp_path_factory.mktemp("granite")
+    return str(folder), save_model(folder, "granite")
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)

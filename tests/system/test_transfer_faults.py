@@ -27,8 +27,8 @@ INSTANCES = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    folder = tmp_path_factory.mktemp("qwen3")
-    return str(folder), save_model(folder, "qwen3")
+    folder = tmp_path_factory.mktemp("glm4")
+    return str(folder), save_model(folder, "glm4")
 
 
 @pytest.fixture(scope="module")
