@@ -161,12 +161,13 @@ def put_blocks(arena: torch.Tensor, index: torch.Tensor, words: torch.Tensor) ->
 
 
 def prepare_copies(block_bytes: int, device: torch.device) -> None:
-    """Compile what `take_blocks` and `put_blocks` need, which would stop the steps beside the first copy."""
+    """Compile what `take_blocks`, `put_blocks` and checksums need, which would stop the steps beside the first copy."""
     if device.type == "cuda":
         blocks = torch.zeros(2, block_bytes // _WORD_BYTES, dtype=torch.int64, device=device)
         index = torch.zeros(1, dtype=torch.int64, device=device)
         put_blocks(blocks, index, blocks[1:])
         take_blocks(blocks, index, blocks[1:])
+        _checksums(blocks, index)
         torch.cuda.current_stream(device).synchronize()
 
 

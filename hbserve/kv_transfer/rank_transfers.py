@@ -12,6 +12,7 @@ import torch
 from hbserve.config import Config, InstanceConfig
 from hbserve.errors import ConfigError, StartupError
 from hbserve.kv_transfer.base import KVTransferContext
+from hbserve.kv_transfer.block_parts import prepare_copies
 from hbserve.kv_transfer.head_split import Route, Shard
 from hbserve.kv_transfer.manager import KVTransferManager, Report
 from hbserve.kv_transfer.one_sided.base import ArenaSharing
@@ -51,7 +52,7 @@ def make_manager(
 
 
 class NoTransfers(KVTransferManager):
-    """The manager of a system of one ``unified`` instance, where no KV moves: it listens nowhere and holds no buffers."""
+    """Manager of a system of one ``unified`` instance: no KV moves, so it listens nowhere and holds no buffers."""
 
     one_sided = False
     endpoint = ""
@@ -103,6 +104,8 @@ class RankTransfers:
         self._are_needed = config.mode != "unified" or len(config.gpu_instances) > 1  # roles may change
         self._rank = instance.kv_rank * config.max_ranks + shard.rank
         self._kv_blocks = kv_blocks
+        if self._are_needed and config.kv_transfer.verify:
+            prepare_copies(kv_blocks.shape[1], kv_blocks.device)
         self._report = report
         self._has_begun = False
 
