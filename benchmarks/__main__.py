@@ -19,6 +19,7 @@ _EXPERIMENTS = {
     "auto": "mode auto on a simulated GPU beside hand-tuned workers, static splits and the bound",
     "compare": "the highest rates of several systems, beside the simulator's",
     "agreement": "how far the simulator is from runs that were measured",
+    "replan": "gaps of streams while roles change, and what learning a profile delays",
     "scheduler": "what the scheduler's core costs: CPU time of a step, by the size of the batch",
     "scheduler_kills": "the scheduler is killed under load: are the answers right, and how long is the pause",
     "transfer": "how fast KV moves between two processes, and how fast the library could move it",

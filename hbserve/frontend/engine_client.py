@@ -28,7 +28,16 @@ from hbserve import errors
 from hbserve.config import InstanceRole, RpcConfig
 from hbserve.frontend.open_requests import OpenRequest, OpenRequests, OutputSink
 from hbserve.frontend.questions import Question, Questions
-from hbserve.messages.admin import GetStats, InstanceChanged, RemoveInstance, SetRole, Stats
+from hbserve.messages.admin import (
+    GetLoad,
+    GetStats,
+    InstanceChanged,
+    LoadEntry,
+    RecentLoad,
+    RemoveInstance,
+    SetRole,
+    Stats,
+)
 from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
@@ -233,6 +242,12 @@ class EngineClient:
         """
         return await self._ask(GetStats(query_id=next(self._query_ids), recent=recent), timeout_s)
 
+    async def recent_load(self, seconds: float, timeout_s: float = 10.0) -> list[LoadEntry]:
+        """Ask for the requests of the last ``seconds`` that have ended well, by arrival. Errors as in `stats`."""
+        answer = await self._ask(GetLoad(query_id=next(self._query_ids), seconds=seconds), timeout_s)
+        entries: list[LoadEntry] = answer["entries"]
+        return entries
+
     async def set_role(self, instance_id: str, role: InstanceRole, deadline_s: float = 120.0) -> None:
         """Change an instance between prefill, decode and unified; returns when it has changed.
 
@@ -426,6 +441,8 @@ class EngineClient:
                     self._on_attached(reply)
                 case Stats(query_id=query_id, stats=stats):
                     self._questions.on_answer(query_id, stats)
+                case RecentLoad(query_id=query_id, entries=entries):
+                    self._questions.on_answer(query_id, {"entries": entries})
                 case InstanceChanged() as changed:
                     answer = {"error": changed.error, "is_unknown": changed.is_unknown}
                     self._questions.on_answer(changed.query_id, answer)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hbserve.errors import EngineDeadError, SchedulerRestartingError
-from hbserve.messages.admin import GetStats, RemoveInstance, SetRole
+from hbserve.messages.admin import GetLoad, GetStats, RemoveInstance, SetRole
 
-Question = GetStats | SetRole | RemoveInstance
+Question = GetStats | GetLoad | SetRole | RemoveInstance
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Questions:
     def on_scheduler_lost(self, reason: str) -> None:
         """The scheduler is lost: the next one is asked again, unless the question was for a change."""
         for question in self._open.values():
-            if isinstance(question.message, GetStats):
+            if isinstance(question.message, GetStats | GetLoad):
                 question.is_sent = False
             elif question.is_sent and not question.answer.done():
                 what = f"{reason} before it answered, so it is unknown what has changed; look, and ask again"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hbserve.config import InstanceRole
-from hbserve.messages.base import Message, Seconds
+from hbserve.messages.base import Message, Seconds, Value
 
 
 class GetStats(Message, frozen=True):
@@ -34,6 +34,29 @@ class WindowMetrics(Message, frozen=True):
 
     query_id: int
     metrics: dict[str, Any]
+
+
+class GetLoad(Message, frozen=True):
+    """Ask for the `RecentLoad` of the last ``seconds``."""
+
+    query_id: int
+    seconds: Seconds
+
+
+class LoadEntry(Value, frozen=True):
+    """A request that has come lately: when, in seconds after the first one, and its tokens."""
+
+    arrival_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+class RecentLoad(Message, frozen=True):
+    """Answer to `GetLoad`: the requests that have ended well, by arrival; best-effort ones are left out."""
+
+    query_id: int
+    entries: list[LoadEntry]
 
 
 class SetRole(Message, frozen=True):

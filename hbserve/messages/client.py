@@ -7,9 +7,11 @@ from typing import Annotated
 import msgspec
 
 from hbserve.messages.admin import (
+    GetLoad,
     GetStats,
     GetWindowMetrics,
     InstanceChanged,
+    RecentLoad,
     RemoveInstance,
     SetRole,
     Stats,
@@ -153,6 +155,7 @@ ClientMessage = (
     | SubscribeReady
     | GetStats
     | GetWindowMetrics
+    | GetLoad
     | SetRole
     | RemoveInstance
     | Join
@@ -163,6 +166,15 @@ ClientMessage = (
 """Messages that arrive at the scheduler's client port, from clients, operators, supervisors and new instances."""
 
 SchedulerReply = (
-    OutputBatch | Attached | Ready | NotReady | Stats | WindowMetrics | InstanceChanged | Joined | WorkerLost
+    OutputBatch
+    | Attached
+    | Ready
+    | NotReady
+    | Stats
+    | WindowMetrics
+    | RecentLoad
+    | InstanceChanged
+    | Joined
+    | WorkerLost
 )
 """Messages that the scheduler sends from that port."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from hbserve.messages.admin import LoadEntry
 from hbserve.messages.base import Value
 
 
@@ -14,6 +17,7 @@ class PredictionOrders(Value, frozen=True):
         profile: a `StepProfile` as plain data.
         candidates: systems, by the simulator's names.
         num_requests: of each load.
+        load: requests to simulate in place of the standard loads; empty: simulate these.
         ttft_ms, ttft_ms_per_1k_tokens: TTFT target of a request, by the length of its prompt; ``tpot_ms``: its TPOT
             target.
     """
@@ -25,13 +29,14 @@ class PredictionOrders(Value, frozen=True):
     ttft_ms_per_1k_tokens: float
     tpot_ms: float
     max_num_seqs: int
+    load: list[LoadEntry] = msgspec.field(default_factory=list)
 
 
 class CandidatePrediction(Value, frozen=True):
     """Prediction for one system.
 
     Attributes:
-        attainment: share of the requests of each load within both targets.
+        attainment: share of the requests of each load within both targets; ``recent`` is the name of a given load.
         bound: share that no schedule on these GPUs exceeds.
     """
 

@@ -7,7 +7,16 @@ import logging
 import msgspec
 
 from hbserve.config import Config
-from hbserve.messages.admin import GetStats, GetWindowMetrics, RemoveInstance, SetRole, Stats, WindowMetrics
+from hbserve.messages.admin import (
+    GetLoad,
+    GetStats,
+    GetWindowMetrics,
+    RecentLoad,
+    RemoveInstance,
+    SetRole,
+    Stats,
+    WindowMetrics,
+)
 from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
@@ -138,6 +147,8 @@ class ClientMessages:
             self._outbox.reply(
                 client, WindowMetrics(query_id=message.query_id, metrics=self._stats.window(message.seconds))
             )
+        elif isinstance(message, GetLoad):
+            self._outbox.reply(client, RecentLoad(query_id=message.query_id, entries=self._stats.load(message.seconds)))
         elif isinstance(message, SetRole):
             self._drains.set_role(client, message)
         elif isinstance(message, RemoveInstance):

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from hbserve.config import InstanceRole
+from hbserve.messages.admin import LoadEntry
 from hbserve.messages.supervisor import ReportEvent
 from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.metrics.request_metrics import RequestMetrics
@@ -126,6 +127,25 @@ class SystemStats:
         window = self._metrics.collector.get_current_window_metrics(seconds).thinned(_WINDOW_VALUES)
         plain: dict[str, Any] = msgspec.to_builtins(window)
         return plain
+
+    def load(self, seconds: float) -> list[LoadEntry]:
+        """Return the requests that have come in the last ``seconds`` and have ended well, by arrival."""
+        since = self._clock.now - seconds
+        ended = [
+            request
+            for request in self._metrics.collector.history
+            if request.success and not request.is_batch and request.arrival_time >= since
+        ]
+        ended.sort(key=lambda request: request.arrival_time)
+        return [
+            LoadEntry(
+                arrival_s=round(request.arrival_time - ended[0].arrival_time, 6),
+                prompt_tokens=request.input_length,
+                cached_tokens=request.cached_tokens,
+                output_tokens=request.output_length,
+            )
+            for request in ended
+        ]
 
     def report_event(self, event: ReportEvent) -> None:
         """Keep an event that another process has seen."""

@@ -48,13 +48,14 @@ from hbserve.server.completions import Completion
 from hbserve.server.connection import AnswerHead
 from hbserve.server.generation import Deadline
 from hbserve.server.prometheus import render
-from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, RoleRequest, TokenizeRequest
+from hbserve.server.protocol import CompletionRequest, DetokenizeRequest, PlanRequest, RoleRequest, TokenizeRequest
 from hbserve.server.responses import routes as response_routes
 from hbserve.server.responses.body import ResponsesRequest
-from hbserve.system.auto_plan import Plan
+from hbserve.system.running_plan import RunningPlan
 
 STATS_TIMEOUT_S = 5.0
 _DEFAULTS = ServerConfig()
+_NO_PLAN = "this server does not know what its system was planned for"
 
 
 def create_app(
@@ -63,7 +64,7 @@ def create_app(
     served_name: str,
     config: ServerConfig = _DEFAULTS,
     supervisors: Mapping[str, ProcessRotationManager] = MappingProxyType({}),
-    plan: Plan | None = None,
+    running: RunningPlan | None = None,
 ) -> FastAPI:
     """Make the OpenAI-compatible application over one engine.
 
@@ -72,7 +73,7 @@ def create_app(
         served_name: the model's name, which requests must give.
         config: only ``request_timeout_s`` is used here; `hbserve.server.guard` applies the rest.
         supervisors: rotation managers of the system's ``semi_pd`` instances, by name.
-        plan: what the system consists of, and why, for ``GET /v1/plan``.
+        running: what the system consists of, and why, for ``/v1/plan``.
     """
     app = FastAPI(
         title="HBServe",
@@ -81,7 +82,7 @@ def create_app(
         redoc_url=None,
     )
     app.router.route_class = json_route(engine)
-    errors.install(app, {"/v1/responses": ResponsesRequest})
+    errors.install(app, {"/v1/responses": ResponsesRequest, "/v1/plan": PlanRequest})
     app.add_middleware(AnswerHead)
     semi_pd_routes.install(app, supervisors)
     model = {
@@ -182,11 +183,19 @@ def create_app(
     @app.get("/v1/plan")
     async def system_plan() -> dict[str, Any]:
         """Return mode, instances and targets, why they were chosen, and what else was predicted."""
-        if plan is None:
-            raise HTTPException(404, "this server does not know what its system was planned for")
-        document: dict[str, Any] = msgspec.to_builtins(plan)
-        if plan.learnt_profile is not None:
+        if running is None:
+            raise HTTPException(404, _NO_PLAN)
+        document: dict[str, Any] = msgspec.to_builtins(running.plan)
+        if running.plan.learnt_profile is not None:
             document["learning"] = (await client.stats(STATS_TIMEOUT_S)).get("profile")
+        return document
+
+    @app.post("/v1/plan")
+    async def change_plan(body: PlanRequest) -> dict[str, Any]:
+        """Change the roles of all instances to those of another system; answer with the plan when they have changed."""
+        if running is None:
+            raise HTTPException(404, _NO_PLAN)
+        document: dict[str, Any] = msgspec.to_builtins(await running.change_to(body.system, body.timeout_s))
         return document
 
     @app.post("/v1/instances/{instance_id}/role")

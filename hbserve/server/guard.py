@@ -31,7 +31,7 @@ OPEN = frozenset({"/health", "/ready", "/ping", "/"})
 POLLED = OPEN | {"/metrics", "/stats", "/live", "/v1/semi_pd/status"}
 """Paths that probes, collectors and pages ask for every few seconds; the access log shows them at DEBUG only."""
 OPEN_FOLDER, ADMIN_FOLDER, SEMI_PD_FOLDER = "/page/", "/admin/", "/v1/semi_pd"
-INSTANCES_FOLDER = "/v1/instances/"
+INSTANCES_FOLDER, PLAN_PATH = "/v1/instances/", "/v1/plan"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _REQUESTS_PER_TURN = 8
 """Requests that begin in one turn of the event loop. Each takes about half a millisecond, and streams must not wait."""
@@ -111,8 +111,9 @@ class Guard:
         scheme, _, value = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         key = value.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", b"").decode("latin-1")
         name = self.keys.name_of(key) if key else None
-        changes_the_split = path.startswith(SEMI_PD_FOLDER) and scope["method"] not in ("GET", "HEAD")
-        if path.startswith((ADMIN_FOLDER, INSTANCES_FOLDER)) or changes_the_split:
+        reads = scope["method"] in ("GET", "HEAD")
+        changes_the_system = not reads and (path.startswith(SEMI_PD_FOLDER) or path == PLAN_PATH)
+        if path.startswith((ADMIN_FOLDER, INSTANCES_FOLDER)) or changes_the_system:
             if not self.keys.has_admin:
                 raise ForbiddenError("administration is off: there is no admin key (server.admin_key_file)")
             if name != "admin":

@@ -243,6 +243,13 @@ class RoleRequest(Body):
     timeout_s: float = Field(default=120.0, gt=0, le=MAX_SECONDS)
 
 
+class PlanRequest(Body):
+    """Body of POST /v1/plan. ``system``: ``unified*N`` or ``XpYd``, of as many instances as there are."""
+
+    system: str
+    timeout_s: float = Field(default=120.0, gt=0, le=MAX_SECONDS)
+
+
 class AllocationRequest(Body):
     """Body of POST /v1/semi_pd/allocation: another split of the device.
 

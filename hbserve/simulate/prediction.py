@@ -10,15 +10,22 @@ import math
 import msgspec
 
 from hbserve.bench.request_record import RequestTargets
+from hbserve.bench.traces import BLOCK_TOKENS
+from hbserve.messages.admin import LoadEntry
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.policy.profile_file import profiled_predictor
 from hbserve.policy.step_profile import StepProfile
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
 from hbserve.process import child
 from hbserve.simulate.config import Sizes
+from hbserve.simulate.requests import SimulatedRequest
 from hbserve.simulate.standard_loads import CACHED_SHARE, LOADS, MEAN_LENGTHS, standard_load
 from hbserve.simulate.systems import Setting, System, simulate
 
+GIVEN = "recent"
+"""Name of a given load."""
+_FIRST_OWN_BLOCK = 1 << 20
+"""Names of blocks that no two prompts share begin here."""
 _UTILISATION = 0.95
 """Share of what the GPUs can compute at most that a standard load asks for: bursts then exceed it for a while."""
 _DECODE_ROWS = 32
@@ -30,17 +37,41 @@ _MAX_UNIT = 4
 def predict(orders: PredictionOrders) -> list[CandidatePrediction]:
     """Simulate each candidate under the standard loads; in the order of the candidates."""
     steps = profiled_predictor(msgspec.convert(orders.profile, StepProfile))
-    return [_predict(System.parse(name), orders, steps) for name in orders.candidates]
+    predict_one = _predict_given if orders.load else _predict
+    return [predict_one(System.parse(name), orders, steps) for name in orders.candidates]
+
+
+def _predict_given(system: System, orders: PredictionOrders, steps: StepTimePredictor) -> CandidatePrediction:
+    """Simulate a system under the given load. Targets are those of a prompt of mean length."""
+    prompt_tokens = sum(entry.prompt_tokens for entry in orders.load) / len(orders.load)
+    setting = _setting(orders, steps, prompt_tokens)
+    outcome = simulate(system, setting, [_request(entry, number) for number, entry in enumerate(orders.load)])
+    return CandidatePrediction(
+        system=system.name, attainment={GIVEN: round(outcome.attainment, 4)}, bound={GIVEN: round(outcome.bound, 4)}
+    )
+
+
+def _request(entry: LoadEntry, number: int) -> SimulatedRequest:
+    """Make a request of a load. What was cached is taken to be one common beginning of all prompts."""
+    num_shared = entry.cached_tokens // BLOCK_TOKENS
+    blocks = range(num_shared) if num_shared else ()
+    own = _FIRST_OWN_BLOCK + number
+    return SimulatedRequest(
+        entry.arrival_s, max(1, entry.prompt_tokens), max(1, entry.output_tokens), (*blocks, own) if blocks else ()
+    )
+
+
+def _setting(orders: PredictionOrders, steps: StepTimePredictor, prompt_tokens: float) -> Setting:
+    ttft_ms = orders.ttft_ms + orders.ttft_ms_per_1k_tokens * prompt_tokens / 1000
+    sizes = Sizes(max_num_seqs=orders.max_num_seqs, placement="prefix_aware")
+    return Setting(steps, steps, sizes, RequestTargets(ttft_ms=ttft_ms, tpot_ms=orders.tpot_ms))
 
 
 def _predict(system: System, orders: PredictionOrders, steps: StepTimePredictor) -> CandidatePrediction:
     unit, num_gpus = _unit(system)
     attainment, bound = {}, {}
     for load in LOADS:
-        prompt_tokens = MEAN_LENGTHS[load][0]
-        ttft_ms = orders.ttft_ms + orders.ttft_ms_per_1k_tokens * prompt_tokens / 1000
-        sizes = Sizes(max_num_seqs=orders.max_num_seqs, placement="prefix_aware")
-        setting = Setting(steps, steps, sizes, RequestTargets(ttft_ms=ttft_ms, tpot_ms=orders.tpot_ms))
+        setting = _setting(orders, steps, MEAN_LENGTHS[load][0])
         rate = _UTILISATION * num_gpus / _request_s(load, steps)
         outcome = simulate(unit, setting, standard_load(load, rate, orders.num_requests, seed=1))
         attainment[load], bound[load] = round(outcome.attainment, 4), round(outcome.bound, 4)

@@ -23,6 +23,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceConfig, InstanceRole, from_dict
 from hbserve.config.validation import default_instances
+from hbserve.messages.admin import LoadEntry
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.platform import mps
 from hbserve.policy.profile_file import LearntProfile, profiled_predictor
@@ -68,6 +69,26 @@ class Targets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     source: str
 
 
+class PlanChange(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of a plan while the system served.
+
+    Attributes:
+        at: when it was complete, in seconds since 1970; ``seconds``: how long it took.
+        by: ``auto`` or ``operator``.
+        before, after: the systems, by the simulator's names.
+        why: in a sentence.
+        predictions: of the candidates under the load of that time, the best first; empty: none were made.
+    """
+
+    at: float
+    seconds: float
+    by: Literal["auto", "operator"]
+    before: str
+    after: str
+    why: str
+    predictions: list[dict[str, Any]] = []
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What a system consists of, and why; ``GET /v1/plan`` shows it.
 
@@ -83,6 +104,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             from it.
         predictions: share of the standard loads' requests within the targets, the best candidate first.
         runner_up: the best candidate that was not chosen.
+        load: the real load that was looked at last while serving, and what was predicted for it; None: none yet.
+        changes: of the plan since the start, the last ones.
     """
 
     mode: str
@@ -96,6 +119,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     profile_path: str | None = None
     predictions: list[dict[str, Any]] = []
     runner_up: str | None = None
+    load: dict[str, Any] | None = None
+    changes: list[PlanChange] = []
 
 
 def choose(
@@ -131,8 +156,8 @@ def choose(
         config = msgspec.structs.replace(config, mode="unified")
         return _told(config, _plan(config, "auto", targets, f"one unified worker: {where}", None))
     places = _places(config)
-    candidates = _candidates(len(places), targets)
-    orders = _orders(config, found, targets, candidates)
+    candidates = candidates_of(len(places), targets)
+    orders = orders_of(config, found, targets, candidates)
     on_places(len(places), config.model.tensor_parallel_size)
     predictions = (predict or PredictionProcess())(orders)
     # Learnt times are of the whole GPU alone, and say nothing of two phases side by side.
@@ -143,7 +168,7 @@ def choose(
     plan = _plan(config, "auto", targets, why, found)
     others = [prediction.system for prediction in ranked if prediction.system != chosen]
     plan = msgspec.structs.replace(
-        plan, predictions=[_row(prediction) for prediction in ranked], runner_up=others[0] if others else None
+        plan, predictions=[prediction_row(prediction) for prediction in ranked], runner_up=others[0] if others else None
     )
     return _told(config, plan)
 
@@ -225,7 +250,7 @@ def _places(config: Config) -> list[InstanceConfig]:
     ]
 
 
-def _candidates(num_places: int, targets: Targets) -> list[str]:
+def candidates_of(num_places: int, targets: Targets) -> list[str]:
     """Return the names of the candidates; the first is taken where nothing speaks against it."""
     if num_places == 1:
         return ["unified"] if None in (targets.ttft_ms, targets.tpot_ms) else ["unified", _CONTROLLER]
@@ -233,8 +258,14 @@ def _candidates(num_places: int, targets: Targets) -> list[str]:
     return [f"unified*{num_places}", *(f"{x}p{num_places - x}d" for x in sorted(ratios))]
 
 
-def _orders(config: Config, found: FoundProfile, targets: Targets, candidates: list[str]) -> PredictionOrders:
-    """Make the orders. Where a target is missing, systems are compared by the machine's."""
+def orders_of(
+    config: Config, found: FoundProfile, targets: Targets, candidates: list[str], load: list[LoadEntry] | None = None
+) -> PredictionOrders:
+    """Make the orders. Where a target is missing, systems are compared by the machine's.
+
+    Args:
+        load: None: the standard loads.
+    """
     machine = machine_targets(found)
     has_ttft = targets.ttft_ms is not None
     return PredictionOrders(
@@ -245,6 +276,7 @@ def _orders(config: Config, found: FoundProfile, targets: Targets, candidates: l
         ttft_ms_per_1k_tokens=(targets if has_ttft else machine).ttft_ms_per_1k_tokens,
         tpot_ms=targets.tpot_ms or machine.tpot_ms or 0.0,
         max_num_seqs=config.performance.max_num_seqs,
+        load=load or [],
     )
 
 
@@ -294,26 +326,26 @@ def _best(predictions: list[CandidatePrediction], default: str, is_measured: boo
     if default not in means:
         return default, f"{default}: there are no predictions, and it is the best known choice"
     least = means[default]
-    rivals = {name: mean - least - _error_of(name) for name, mean in means.items() if name != default}
+    rivals = {name: mean - least - error_of(name) for name, mean in means.items() if name != default}
     best = max(rivals, key=lambda name: rivals[name], default=None)
     if best is not None and rivals[best] > 0 and is_measured:
         gain = 100 * (means[best] - least)
         return best, (
             f"{best} is predicted to serve {100 * means[best]:.1f} % of the standard loads within the targets, "
-            f"{gain:.1f} points more than {default}; its predictions are off by {100 * _error_of(best):.1f}"
+            f"{gain:.1f} points more than {default}; its predictions are off by {100 * error_of(best):.1f}"
         )
     why = f"{default} is predicted to serve {100 * least:.1f} % of the standard loads within the targets"
     if best is not None:
         why += (
             f"; the runner-up {best}, {100 * means[best]:.1f} %, would have to gain more than "
-            f"{100 * _error_of(best):.1f} points, by which its predictions are off"
+            f"{100 * error_of(best):.1f} points, by which its predictions are off"
         )
         if rivals[best] > 0:
             why += ", with a profile of this model and GPU; there is none"
     return default, why
 
 
-def _error_of(system: str) -> float:
+def error_of(system: str) -> float:
     """Return how far the prediction for a system may be off."""
     kind = system.partition("@")[0].partition("*")[0]
     return PREDICTION_ERRORS.get(kind, PREDICTION_ERRORS["disaggregated"]) + _CHANCE
@@ -367,12 +399,12 @@ def _plan(
     )
 
 
-def _row(prediction: CandidatePrediction) -> dict[str, Any]:
+def prediction_row(prediction: CandidatePrediction) -> dict[str, Any]:
     """Return a prediction as ``GET /v1/plan`` shows it."""
     return {
         "system": prediction.system,
         "mean": round(prediction.mean, 4),
         "attainment": prediction.attainment,
         "bound": prediction.bound,
-        "error": round(_error_of(prediction.system), 4),
+        "error": round(error_of(prediction.system), 4),
     }

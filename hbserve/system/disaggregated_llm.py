@@ -32,6 +32,7 @@ from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.system.auto_plan import Plan, PredictionProcess, choose
 from hbserve.system.launcher import Launcher
 from hbserve.system.prompt_batch import Samplings, as_batch, generate_all
+from hbserve.system.running_plan import RunningPlan
 from hbserve.tokenizer import ChatMessage, Tokenizer
 
 _STATS_TIMEOUT_MS = 2_000
@@ -52,7 +53,7 @@ class DisaggregatedLLM:
     Attributes:
         config: what runs. From the first `start` on, a model that is given by name has its folder there, and mode
             ``auto`` has become the mode that it chose.
-        plan: what the system consists of, and why; None before the first `start`.
+        running_plan: the plan of the running system, which may change; None: it is not running.
 
     Raises:
         ConfigError: naming the field that cannot be honoured.
@@ -66,7 +67,9 @@ class DisaggregatedLLM:
         load_tokenizer: Callable[[str, str], Tokenizer] = Tokenizer,
     ) -> None:
         self.config = config.freeze() if isinstance(config, PdDisaggConfig) else config
-        self.plan: Plan | None = None
+        self._plan: Plan | None = None
+        self.running_plan: RunningPlan | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._key = ClusterKey.of(self.config)
         self._launcher = Launcher(
             self.config, with_instances, self._on_scheduler_exit, self._on_dismissed, self.report_event
@@ -91,7 +94,7 @@ class DisaggregatedLLM:
         check_not_importing()
         self._given_up = None
         self.config = await asyncio.to_thread(with_model_folder, self.config)
-        if self.plan is None:
+        if self._plan is None:
             self._launcher.config = self.config
             try:
                 await self._make_plan()
@@ -134,6 +137,10 @@ class DisaggregatedLLM:
                 self.config.performance.max_waiting_requests,
                 sampling_defaults,
             )
+            assert self._plan is not None
+            self.running_plan = RunningPlan(self.config, self._plan, self._client, self.report_event)
+            if self._plan.chosen_by == "auto" and self.running_plan.can_change:
+                self._watching = asyncio.create_task(self.running_plan.watch())
         except BaseException:
             for task in loading:
                 task.cancel()
@@ -152,12 +159,16 @@ class DisaggregatedLLM:
             self.config, plan = await asyncio.to_thread(choose, self.config, prediction, on_places)
         finally:
             prediction.stop()  # a start that is given up does not wait for it
-        self.plan, self._launcher.profile_path = plan, plan.profile_path
+        self._plan, self._launcher.profile_path = plan, plan.profile_path
         self._launcher.learnt_profile = self._launcher.learnt_profile or plan.learnt_profile
 
     async def stop(self) -> None:
         """Abort the open requests and end all processes. May be called twice."""
-        self._engine = None
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        self._engine = self.running_plan = None
         client, self._client = self._client, None
         if client is not None:
             await client.close()
@@ -172,6 +183,11 @@ class DisaggregatedLLM:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the system consists of now, and why; None before the first `start`."""
+        return self._plan if self.running_plan is None else self.running_plan.plan
 
     @property
     def engine(self) -> TextEngine:

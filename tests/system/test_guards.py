@@ -116,6 +116,7 @@ async def test_keys(
         assert (await http.get("/admin/anything", headers=bearer(ANN))).status_code == 401
         assert (await http.get("/admin/anything", headers=bearer(ADMIN))).status_code == 404
         assert await keys_that_open(http, "GET", "/v1/plan") == {None: 401, ANN: 404, ADMIN: 404}
+        assert await keys_that_open(http, "POST", "/v1/plan") == {None: 401, ANN: 401, ADMIN: 400}
         for method, path in (("POST", "/v1/instances/a/role"), ("DELETE", "/v1/instances/a?timeout_s=0")):
             assert await keys_that_open(http, method, path) == {None: 401, ANN: 401, ADMIN: 400}
     assert " ann" in caplog.text

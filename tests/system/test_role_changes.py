@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 
 import httpx
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.server.app import create_app
+from hbserve.system.running_plan import RunningPlan
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.support.model_zoo import save_model
 
@@ -34,7 +37,7 @@ async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(tmp
         ],
     )
     async with DisaggregatedLLM(config) as llm:
-        app = create_app(llm.engine, llm.client, "tiny")
+        app = create_app(llm.engine, llm.client, "tiny", running=llm.running_plan)
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=DEADLINE_S)
 
         async def change(instance_id: str, role: str, deadline_s: float = 60.0) -> str | None:
@@ -80,21 +83,64 @@ async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(tmp
             assert said in (await change(instance_id, role) or "")
         unknown = await http.delete("/v1/instances/nobody")
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "instance_not_found")
-        for instance_id, role in (
-            ("i2", "unified"),
-            ("i1", "prefill"),
-            ("i1", "unified"),
-            ("i2", "prefill"),
-            ("i1", "decode"),
-            ("i2", "decode"),
-        ):  # their workers have prepared for both phases, and change at once, with all that they have
+        # The workers of i1 and i2 have prepared for both phases, and change at once, with all that they have.
+        for instance_id, role in (("i2", "unified"), ("i1", "prefill"), ("i1", "unified"), ("i2", "decode")):
             work = asyncio.create_task(llm.generate(prompts, GREEDY))
             await asyncio.sleep(0.05)
             assert await asyncio.wait_for(change(instance_id, role), DEADLINE_S) is None
             assert not work.done()
             outputs = await asyncio.wait_for(work, DEADLINE_S)
             assert [output["token_ids"] for output in outputs] == expected
+
+        async def change_plan(system: str) -> str | None:
+            answer = await http.post("/v1/plan", json={"system": system})
+            return None if answer.status_code == 200 else answer.json()["error"]["message"]
+
+        assert "3 instances are ready" in (await change_plan("1p1d") or "")
+        assert "must be unified*N or XpYd, such as unified*3 or 1p2d" in (await change_plan("2p") or "")
+        for system in ("unified*3", "2p1d"):
+            work = asyncio.create_task(llm.generate(prompts, GREEDY))
+            await asyncio.sleep(0.05)
+            assert await asyncio.wait_for(change_plan(system), DEADLINE_S) is None
+            outputs = await asyncio.wait_for(work, DEADLINE_S)
+            assert [output["token_ids"] for output in outputs] == expected
+
+        # A load for which another plan is predicted to be much better changes the plan at the second look.
+        assert llm.plan is not None
+        seen: list[PredictionOrders] = []
+
+        def predict(orders: PredictionOrders) -> list[CandidatePrediction]:
+            seen.append(orders)
+            means = {"unified*3": 0.4, "1p2d": 0.9, "2p1d": 0.4}
+            return [CandidatePrediction(system=s, attainment={"recent": means[s]}, bound={}) for s in orders.candidates]
+
+        running = RunningPlan(llm.config, llm.plan, llm.client, llm.report_event, predict)
+        work = asyncio.create_task(llm.generate(prompts, GREEDY))
+        await running.look(0.0)
+        assert running.plan.load is not None
+        assert running.plan.load["requests"] == len(seen[0].load) >= 50
+        assert [change.after for change in running.plan.changes] == ["unified*3", "2p1d"], "one look is not enough"
+        await running.look(30.0)
+        outputs = await asyncio.wait_for(work, DEADLINE_S)
+        assert [output["token_ids"] for output in outputs] == expected
+        last = running.plan.changes[-1]
+        assert (last.before, last.after, last.by) == ("2p1d", "1p2d", "auto")
+        assert "2p1d is predicted to serve 40.0 % within the targets, and 1p2d 90.0 %" in last.why
+        assert last.predictions[0]["system"] == "1p2d"
+        plan = (await http.get("/v1/plan")).json()
+        assert [(change["before"], change["after"], change["by"]) for change in plan["changes"]] == [
+            ("a mix of roles", "unified*3", "operator"),
+            ("unified*3", "2p1d", "operator"),
+        ]
+        assert (await llm.client.stats())["events"]["plan"] == 3
         await asyncio.to_thread(assert_no_leaks, llm)
         stats = llm.get_system_stats()
         assert stats["cpu_scheduler"]["retries"] == stats["cpu_scheduler"]["preemptions"] == 0
-        assert {name for name, link in stats["kv_transfer"]["links"].items() if link["open"]} == {"i0->i1", "i0->i2"}
+        links = stats["kv_transfer"]["links"]
+        roles = {name: each["role"] for name, each in stats["gpu_instances"].items()}
+        assert sorted(roles.values()) == ["decode", "decode", "prefill"]
+        assert {name for name, link in links.items() if link["open"]} == {
+            f"{source}->{target}"
+            for source, target in itertools.permutations(roles, 2)
+            if (roles[source], roles[target]) == ("prefill", "decode")
+        }

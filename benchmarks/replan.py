@@ -1,0 +1,186 @@
+"""Changes of a running system: the longest gaps of streams while roles change, and what learning a profile delays.
+
+``changes``: two unified instances become one for prefill and one for decode, and back, while streams decode and prompts
+arrive. ``learning``: a system in mode ``auto`` without a profile of its model learns one, while single requests arrive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from benchmarks.stream_load import StreamLoad, random_prompt
+from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.bench.arguments import default_load_format, find_model
+from hbserve.platform import mps
+from hbserve.policy.profile_file import LearntProfile, load_profile, profiled_predictor
+from hbserve.policy.step_time_predictor import StepWork, num_pairs
+from hbserve.system.auto_plan import choose
+
+_SETTLE_S = 1.0
+_TAIL_S = 1.5
+"""Time after a change in which gaps still count as the change's."""
+_PERIOD_S = 2.6
+"""Time between two requests while a profile is learnt: the system is idle for most of it."""
+_LEARN_TIMEOUT_S = 120.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("part", choices=("changes", "learning"))
+    parser.add_argument("--model", required=True, help="a model folder, or the name of a shape, such as qwen3-8b")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--gpus", default="0,0", help="changes: GPU of each instance")
+    parser.add_argument("--backend", default="shm", help="changes: kv_transfer.backend")
+    parser.add_argument("--num-blocks", type=int, default=6000, help="changes: KV blocks of an instance")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--context", type=int, default=512, help="prompt tokens of a stream")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt that arrives; 0: none do")
+    parser.add_argument("--interval", type=float, default=0.3, metavar="S", help="time between two such prompts")
+    parser.add_argument("--rounds", type=int, default=3, help="changes there and back")
+    parser.add_argument("--quantization", help="learning: fp8")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run one part, print its results, and write them as JSON."""
+    part = _changes if arguments.part == "changes" else _learning
+    results = asyncio.run(part(arguments))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+async def _changes(given: argparse.Namespace) -> dict[str, Any]:
+    folder = find_model(given.model)
+    instances = [
+        {"instance_id": f"unified-{number}", "instance_type": "unified", "gpu_id": int(gpu)}
+        for number, gpu in enumerate(given.gpus.split(","))
+    ]
+    config = PdDisaggConfig.from_arguments(
+        str(folder),
+        mode="unified",
+        device=given.device,
+        load_format=default_load_format(folder),
+        num_blocks=given.num_blocks,
+        max_model_len=4096,
+        kv_transfer_backend=given.backend,
+        log_level="WARNING",
+        gpu_instances=instances,
+    )
+    rows: list[dict[str, Any]] = []
+    half = len(instances) // 2
+    apart, together = f"{half}p{len(instances) - half}d", f"unified*{len(instances)}"
+    async with DisaggregatedLLM(config) as llm:
+        load = StreamLoad(llm, given.streams, given.context, max_tokens=3500)
+        async with load.running():
+            await _change_rounds(llm, load, given.rounds, apart, together, rows)
+            if given.prompt:
+                print(f"and with a prompt of {given.prompt} tokens each {given.interval} s")
+                async with load.arrivals(given.prompt, given.interval, 64):
+                    await _change_rounds(llm, load, given.rounds, apart, together, rows)
+        stats = llm.get_system_stats()
+    counts = {name: stats["cpu_scheduler"][name] for name in ("failed_requests", "retries", "preemptions")}
+    links = {name: link["transfers"] for name, link in stats["kv_transfer"]["links"].items()}
+    print(f"failed: {load.failures or 'none'}; {counts}; transfers {links}")
+    return {"rows": rows, "counts": counts, "transfers": links, "failures": load.failures}
+
+
+async def _change_rounds(
+    llm: DisaggregatedLLM, load: StreamLoad, rounds: int, apart: str, together: str, rows: list[dict[str, Any]]
+) -> None:
+    print(f"{'window':<26}{'change s':>9}{'tokens/s':>10}{'ITL p50':>9}{'p99':>8}{'max':>8}{'2nd token max':>15}  ms")
+    running = llm.running_plan
+    assert running is not None
+    await asyncio.sleep(_SETTLE_S)
+    for number in range(rounds + 1):
+        for system in (apart, together):
+            began = time.monotonic()
+            name = f"to {system}" if number else f"to {system}, the first"  # it makes links and loads kernels
+            await running.change_to(system)
+            took = time.monotonic() - began
+            await asyncio.sleep(_TAIL_S)
+            _note(rows, name, took, load, began)
+            began = time.monotonic()
+            await asyncio.sleep(_TAIL_S + took)
+            _note(rows, f"steady {system}", 0.0, load, began)
+
+
+def _note(rows: list[dict[str, Any]], name: str, took: float, load: StreamLoad, began: float) -> None:
+    window = load.window(began, time.monotonic())
+    row = {
+        "window": name,
+        "change_s": round(took, 4),
+        "tokens_per_s": round(window.tokens_per_s, 1),
+        "itl_p50_ms": round(window.running.quantile(0.5), 2),
+        "itl_p99_ms": round(window.running.quantile(0.99), 2),
+        "itl_max_ms": round(window.running.largest, 2),
+        "second_token_max_ms": round(window.starting.largest, 2),
+    }
+    rows.append(row)
+    print("{:<26}{:>9}{:>10}{:>9}{:>8}{:>8}{:>15}".format(*row.values()), flush=True)
+
+
+async def _learning(given: argparse.Namespace) -> dict[str, Any]:
+    folder = find_model(given.model)
+    config = PdDisaggConfig.from_arguments(
+        str(folder),
+        mode="auto",
+        device=given.device,
+        load_format=default_load_format(folder),
+        quantization=given.quantization,
+        log_level="WARNING",
+    )
+    rng = random.Random(1)
+    llm = DisaggregatedLLM(config)
+    if given.device == "cpu" or not mps.gpus():  # a system on a CPU learns none by itself
+        path = (given.json or Path("learnt.json")).with_suffix(".profile")
+        llm.launcher.learnt_profile = LearntProfile(str(path), "")
+    async with llm:
+        plan = llm.plan
+        assert plan is not None
+        learnt = llm.launcher.learnt_profile
+        if learnt is None:
+            raise SystemExit(f"nothing to learn: {plan.profile}")
+        print(f"begins with: {plan.profile} ({plan.profile_origin})")
+        begun = time.monotonic()
+        learning = await _ask_until(llm, rng, lambda state: state["state"] == "learnt", _LEARN_TIMEOUT_S)
+        learn_s, state = time.monotonic() - begun, (await llm.client.stats())["profile"]
+        after = await _ask_until(llm, rng, lambda _: False, max(8.0, learn_s / 2))
+    results: dict[str, Any] = {"learn_s": round(learn_s, 1), "state": state, "origin": plan.profile_origin}
+    print(f"{state} after {learn_s:.1f} s with a request each {_PERIOD_S} s")
+    for name, times in (("while learning", learning), ("afterwards", after)):
+        times.sort()
+        results[name] = [round(ms, 2) for ms in times]
+        print(f"TTFT {name:<15} {len(times)} requests: p50 {times[len(times) // 2]:.1f}, max {times[-1]:.1f} ms")
+    if state["state"] == "learnt":
+        profile = load_profile(learnt.path)
+        results["profile"] = [msgspec.to_builtins(point) for point in profile.steps]
+        steps = profiled_predictor(profile)
+        for work in (StepWork(1, 1024), StepWork(64, 64 * 1024), StepWork(0, 0, 2048, num_pairs(2048, 0))):
+            print(f"predicted from the learnt profile: {work[:4]} {1000 * steps.seconds(work):.2f} ms")
+        _, again = choose(config.freeze(), lambda _: [])
+        results["next_origin"] = again.profile_origin
+        print(f"the next start: {again.profile} ({again.profile_origin}), learns: {again.learnt_profile is not None}")
+    return results
+
+
+async def _ask_until(llm: DisaggregatedLLM, rng: random.Random, is_done: Any, timeout_s: float) -> list[float]:
+    """Send a request each `_PERIOD_S`, at random moments; returns their times to the first token, ms."""
+    times: list[float] = []
+    began = time.monotonic()
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    while time.monotonic() - began < timeout_s and not is_done((await llm.client.stats())["profile"]):
+        await asyncio.sleep(_PERIOD_S * rng.uniform(0.9, 1.1))
+        prompt = random_prompt(200, rng.randrange(10**6), llm.engine.vocab_size)
+        asked = time.monotonic()
+        async for _ in llm.stream(prompt, sampling):
+            times.append(1000 * (time.monotonic() - asked))
+            break
+    return times
