@@ -6,6 +6,7 @@ the file, the line and the nearest valid name. Python users write the flat, chan
 """
 
 from hbserve.config.sections import (
+    MAX_DRAFT_TOKENS,
     ChunkedPrefillConfig,
     Config,
     CudaGraphConfig,
@@ -30,6 +31,7 @@ from hbserve.config.validation import from_dict
 from hbserve.config.yaml_file import load
 
 __all__ = [
+    "MAX_DRAFT_TOKENS",
     "ChunkedPrefillConfig",
     "Config",
     "CudaGraphConfig",

@@ -191,6 +191,9 @@ class CudaGraphConfig(Section, frozen=True):
     max_seq_len: PositiveInt = 131072
 
 
+MAX_DRAFT_TOKENS = 15
+
+
 class SpeculationConfig(Section, frozen=True):
     """Speculative decoding: several tokens of a sequence in one step, and the same tokens as without it.
 
@@ -205,7 +208,7 @@ class SpeculationConfig(Section, frozen=True):
 
     method: Literal["none", "ngram", "suffix", "draft_model", "auto"] = "none"
     model: str | None = None
-    max_draft_tokens: Annotated[int, Meta(ge=1, le=15, description="in 1..15")] = 7
+    max_draft_tokens: Annotated[int, Meta(ge=1, le=MAX_DRAFT_TOKENS, description=f"in 1..{MAX_DRAFT_TOKENS}")] = 7
 
 
 class InstanceConfig(Section, frozen=True):

@@ -79,7 +79,9 @@ class StepPlanner:
         limit = instance.choice.step_limit(worker, phases, self._policy.tightest_ttft_s)
         predictor, has_decodes = worker.timing.predictor, False
         if InstanceRole.DECODE in phases and limit.takes_decodes:
-            if not self._plan_decodes(step, instance, others):
+            # What prompts may take is shared with drafts: half of it is theirs.
+            limit_s = limit.seconds if InstanceRole.PREFILL in phases and instance.prompts else math.inf
+            if not self._plan_decodes(step, instance, others, limit_s=limit_s):
                 return False
             has_decodes = bool(step.rows)
         if InstanceRole.PREFILL in phases:
@@ -96,11 +98,20 @@ class StepPlanner:
         return True
 
     def _plan_decodes(
-        self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations, max_rows: int | None = None
+        self,
+        step: _StepBuilder,
+        instance: InstanceHandle,
+        allocations: _Allocations,
+        max_rows: int | None = None,
+        limit_s: float = math.inf,
     ) -> bool:
-        """Plan the decoding sequences; False: none of them may be in a step before a result is known."""
+        """Plan the decoding sequences; False: none of them may be in a step before a result is known.
+
+        Args:
+            limit_s: how long the step may take with the prompts that wait for it; infinity: none does.
+        """
         decoding = self._decoding(step, instance, allocations)[:max_rows]
-        drafts = self._choose_drafts(step, decoding)
+        drafts = self._choose_drafts(step, instance, decoding, limit_s)
         if drafts is None:
             return False
         for sequence, allocation in decoding:
@@ -112,7 +123,9 @@ class StepPlanner:
                 self._plan_decode(step, instance, sequence, allocation, draft)
         return True
 
-    def _choose_drafts(self, step: _StepBuilder, decoding: _Allocations) -> dict[Sequence, Draft | None] | None:
+    def _choose_drafts(
+        self, step: _StepBuilder, instance: InstanceHandle, decoding: _Allocations, limit_s: float
+    ) -> dict[Sequence, Draft | None] | None:
         """Choose which sequences get a draft in this step, and which wait for one.
 
         Returns:
@@ -129,14 +142,18 @@ class StepPlanner:
             position, tokens = allocation.num_planned, sequence.tokens
             draft = sequence.speculator.draft(tokens, sequence.max_total_tokens - position - 2)
             if draft is not None:
-                candidates.append(Candidate(draft, position, is_known=position < len(tokens)))
+                is_late = instance.choice.is_late(sequence, allocation)
+                candidates.append(Candidate(draft, position, position < len(tokens), is_late))
                 sequences.append(sequence)
         if not candidates:
             return {}
         keys = sum([allocation.num_planned for _, allocation in decoding])
         timing = step.worker.timing
         work = StepWork(len(decoding), keys)
-        way, lengths = choose(candidates, work, timing.predictor, timing.gap_s, max_rows, timing.draft_s)
+        if limit_s < math.inf:
+            step_s = timing.predictor.seconds(work)
+            limit_s = step_s + max(limit_s - step_s, 0.0) / 2
+        way, lengths = choose(candidates, work, timing.predictor, timing.gap_s, max_rows, timing.draft_s, limit_s)
         drafts: dict[Sequence, Draft | None] = {}
         for sequence, candidate, length in zip(sequences, candidates, lengths, strict=True):
             if length and not candidate.is_known:

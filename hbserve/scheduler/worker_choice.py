@@ -390,6 +390,11 @@ class WorkerChoice:
         num_left = sequence.max_total_tokens - allocation.num_planned - 1
         return slack_s(now, sequence.first_token_time or now, num_tokens, num_left, target_ms / 1000, interval_s)
 
+    def is_late(self, sequence: Sequence, allocation: KVAllocation) -> bool:
+        """Whether a decoding sequence is behind its TPOT target."""
+        target_ms = self._target_ms(sequence)
+        return target_ms is not None and self._slack_s(sequence, allocation, target_ms / 1000, self._clock.now) < 0
+
     def _tightest_tpot_ms(self) -> float | None:
         return min((ms for sequence in self._allocations if (ms := sequence.tpot_target_ms) is not None), default=None)
 

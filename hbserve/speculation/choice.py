@@ -14,10 +14,12 @@ A draft model guesses at the head of the step: one forward pass for each guess, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
 from enum import Enum
 from typing import NamedTuple
 
+from hbserve.config import MAX_DRAFT_TOKENS
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.speculation.speculator import Draft
 
@@ -30,7 +32,10 @@ _MIN_PROBABILITY = 0.05
 _MIN_STEP_S = 1e-6
 _FIRST_DRAFT_SHARE = 0.15
 """Time of a draft model's forward pass as a part of the step's, while it is not known."""
+_MIN_ROW_S = 1e-9
 _ROUNDS = 2
+_LATE_WORTH = 0.5
+"""Part of the usual worth at which guesses of a late sequence are tried: it may cost the others that much."""
 
 
 class Way(Enum):
@@ -42,11 +47,17 @@ class Way(Enum):
 
 
 class Candidate(NamedTuple):
-    """A sequence that has a draft. ``position``: of its last token; ``is_known``: that token is known."""
+    """A sequence that has a draft.
+
+    Attributes:
+        position: of its last token; is_known: that token is known.
+        is_late: it is behind its TPOT target, so its guesses are tried at a lower probability.
+    """
 
     draft: Draft
     position: int
     is_known: bool
+    is_late: bool = False
 
 
 class Choice(NamedTuple):
@@ -63,6 +74,7 @@ def choose(
     gap_s: float,
     max_rows: int,
     draft_s: float = 0.0,
+    max_s: float = math.inf,
 ) -> Choice:
     """Choose the drafts of a step.
 
@@ -72,21 +84,25 @@ def choose(
         gap_s: time that the device idles when a plan waits for a result.
         max_rows: rows that the drafts may add.
         draft_s: time of a forward pass of the draft model; 0: unknown.
+        max_s: time that the step may take with the drafts.
     """
     num_rows = work.decode_rows
     step_s = max(predictor.seconds(work), _MIN_STEP_S)
     keys = sum(candidate.position for candidate in candidates) / len(candidates)
     more = work._replace(decode_rows=num_rows + 1, decode_keys=work.decode_keys + keys)
     row_s = max(predictor.seconds(more) - step_s, 0.0)
+    if max_s < math.inf:
+        max_rows = min(max_rows, int(max(max_s - step_s, 0.0) / max(row_s, _MIN_ROW_S)))
     num_of_model = sum(candidate.draft.num_to_draft > 0 for candidate in candidates)
     draft_s = draft_s or _FIRST_DRAFT_SHARE * step_s
+    max_passes = int(min(max(max_s - step_s, 0.0) / draft_s, MAX_DRAFT_TOKENS))
     # the sequences share a pass of the draft model
     costs = [row_s + (draft_s / num_of_model if candidate.draft.num_to_draft else 0.0) for candidate in candidates]
     lengths, num_whole, drafted_s = [0] * len(candidates), num_rows, step_s
     for _ in range(_ROUNDS):
         # a row must bring at least what the step brings in the same time; drafts make that more (Dinkelbach 1967)
         rate = _MIN_GAIN * max(num_rows / step_s, num_whole / (drafted_s + gap_s))
-        lengths, num_expected = _lengths(candidates, [rate * cost_s for cost_s in costs], max_rows)
+        lengths, num_expected = _lengths(candidates, [rate * cost_s for cost_s in costs], max_rows, max_passes)
         num_drafting = sum(length > 0 for length in lengths)
         pairs = zip(candidates, lengths, strict=True)
         num_passes = max((length for candidate, length in pairs if candidate.draft.num_to_draft), default=0)
@@ -104,25 +120,31 @@ def choose(
     return Choice(way, lengths if way is not Way.PLAIN else [0] * len(candidates))
 
 
-def _lengths(candidates: Items[Candidate], worths: Items[float], max_rows: int) -> tuple[list[int], float]:
-    """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring.
+def _lengths(
+    candidates: Items[Candidate], worths: Items[float], max_rows: int, max_passes: int
+) -> tuple[list[int], float]:
+    """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring; more
+    than one of a late sequence count double.
 
     The i-th token of a draft is worth its cost if the probability that all i tokens are right exceeds the candidate's
-    one of ``worths``. The rows go to the most probable tokens first.
+    one of ``worths``. The rows go to the most probable tokens first, those of late sequences before others.
     """
-    offers: list[tuple[float, int]] = []
+    offers: list[tuple[bool, float, int]] = []
     for index, (candidate, worth) in enumerate(zip(candidates, worths, strict=True)):
         acceptance, probability = candidate.draft.record.acceptance, 1.0
-        for _ in candidate.draft.token_ids:
+        is_late = candidate.is_late
+        limit = max(_LATE_WORTH * worth if is_late else worth, _MIN_PROBABILITY)
+        length = len(candidate.draft.token_ids)
+        for _ in range(min(length, max_passes) if candidate.draft.num_to_draft else length):
             probability *= acceptance
-            if probability <= max(worth, _MIN_PROBABILITY):
+            if probability <= limit:
                 break
-            offers.append((probability, index))
+            offers.append((is_late, probability, index))
     if len(offers) > max_rows:
         offers = sorted(offers, reverse=True)[: max(max_rows, 0)]
     lengths = [0] * len(candidates)
     num_expected = 0.0
-    for probability, index in offers:
-        num_expected += probability + (not lengths[index])
+    for is_late, probability, index in offers:
+        num_expected += (probability / _LATE_WORTH if is_late else probability) + (not lengths[index])
         lengths[index] += 1
     return lengths, num_expected

@@ -10,13 +10,21 @@ from hbserve.messages.client import AddRequest
 from hbserve.speculation.drafters import Drafter, ModelDrafter, NgramDrafter, PredictionDrafter
 from hbserve.speculation.suffixes import OutputPools, SuffixDrafter
 
-_FIRST_ACCEPTANCE = 0.7
+_FIRST_ACCEPTANCE_OF_MODEL = 0.75
+"""Expected of a draft model at first: it must be tried before it shows anything."""
+_FIRST_ACCEPTANCE_OF_TEXT = 0.5
+"""The same of the others. To watch their guesses costs nothing, so doubt costs a few tokens, and trust costs steps."""
 _FIRST_TRIED = 4.0
-"""Guesses that a drafter has to its credit at first, as often right as those of other sequences."""
+"""Guesses that a drafter has to its credit, as often right as those of other sequences."""
 _MEMORY = 0.97
 """Weight of the past at each guess: about the last thirty count."""
 _MEMORY_OF_ALL = 0.998
-"""The same over all sequences."""
+"""The same over all sequences; ``_MEMORY_OF_MODEL``: of a draft model, of which every guess costs time."""
+_MEMORY_OF_MODEL = 0.99
+_FORGETTING = 0.01
+"""Part of what all sequences have shown that a new one forgets: a drafter that was wrong is tried again some time."""
+_FORGETTING_OF_MODEL = 2e-4
+"""The same for each sequence and step without a guess of the draft model."""
 
 
 def accepted_tokens(draft: Items[int], sampled: Items[int]) -> list[int]:
@@ -38,11 +46,26 @@ def accepted_tokens(draft: Items[int], sampled: Items[int]) -> list[int]:
 class Acceptance:
     """How often the drafters of one name were right, over all sequences."""
 
-    value: float = _FIRST_ACCEPTANCE
+    first: float = _FIRST_ACCEPTANCE_OF_TEXT
+    memory: float = _MEMORY_OF_ALL
+    value: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.value = self.first
+
+    def begin(self) -> Acceptance:
+        """Note that there is a new sequence."""
+        self.forget(_FORGETTING)
+        return self
+
+    def forget(self, part: float) -> None:
+        """Forget a part of what was shown."""
+        self.value += part * (self.first - self.value)
 
     def add(self, is_right: bool) -> None:
         """Count a guess."""
-        self.value = _MEMORY_OF_ALL * self.value + (1 - _MEMORY_OF_ALL) * is_right
+        memory = self.memory
+        self.value = memory * self.value + (1 - memory) * is_right
 
 
 @dataclass(slots=True)
@@ -54,25 +77,24 @@ class Record:
 
     Attributes:
         right, tried: guessed tokens, weighted. A token behind a wrong one was not tried.
+        credit: weight of what the drafters of this name have shown for all sequences.
         guess: the last guess, after ``num_known`` tokens of the sequence.
         of_all: the acceptance of all drafters of this name.
     """
 
-    right: float = _FIRST_ACCEPTANCE * _FIRST_TRIED
-    tried: float = _FIRST_TRIED
+    right: float = 0.0
+    tried: float = 0.0
+    credit: float = _FIRST_TRIED
     guess: list[int] = field(default_factory=list)
     num_known: int = 0
     of_all: Acceptance = field(default_factory=Acceptance)
 
-    @classmethod
-    def of_drafter(cls, of_all: Acceptance) -> Record:
-        """Begin the record of a drafter with what others of its name have shown."""
-        return cls(right=of_all.value * _FIRST_TRIED, of_all=of_all)
-
     @property
     def acceptance(self) -> float:
-        """Probability that a guessed token is right if those before it are."""
-        return self.right / self.tried
+        """Probability that a guessed token is right if those before it are: as for this sequence, and a little as for
+        all. So sequences that have tried nothing yet learn from those that have.
+        """
+        return (self.right + self.credit * self.of_all.value) / (self.tried + self.credit)
 
     def settle(self, tokens: Items[int]) -> None:
         """Compare the last guess with the tokens that have come since."""
@@ -81,6 +103,7 @@ class Record:
         for guessed, token in zip(self.guess, tokens[self.num_known : self.num_known + len(self.guess)], strict=False):
             self.tried = _MEMORY * self.tried + 1
             self.right *= _MEMORY
+            self.credit *= _MEMORY
             self.of_all.add(guessed == token)
             if guessed != token:
                 break
@@ -128,7 +151,8 @@ class Speculator:
     ) -> None:
         of_all = {} if acceptances is None else acceptances
         self._drafters = [
-            (drafter, Record.of_drafter(of_all.setdefault(drafter.name, Acceptance()))) for drafter in drafters
+            (drafter, Record(of_all=of_all.setdefault(drafter.name, _first_acceptance(drafter.name)).begin()))
+            for drafter in drafters
         ]
         self._max_draft_tokens = max_draft_tokens
 
@@ -138,11 +162,19 @@ class Speculator:
         for drafter, record in self._drafters:
             record.settle(tokens)
             guess = drafter.draft(tokens, self._max_draft_tokens)
-            if drafter.name != ModelDrafter.name:  # what a draft model would guess is known only if it does
+            if drafter.name != ModelDrafter.name:
                 record.guess, record.num_known = guess, len(tokens)
+            elif not record.guess:  # what a draft model would guess is known only if it does
+                record.of_all.forget(_FORGETTING_OF_MODEL)
             if guess and max_tokens > 0 and (best is None or record.acceptance > best.record.acceptance):
                 best = Draft(guess[:max_tokens], drafter.name, record)
         return best
+
+
+def _first_acceptance(drafter: str) -> Acceptance:
+    if drafter == ModelDrafter.name:
+        return Acceptance(_FIRST_ACCEPTANCE_OF_MODEL, _MEMORY_OF_MODEL)
+    return Acceptance()
 
 
 class Speculation:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.speculation import Draft, NgramDrafter, PredictionDrafter, Speculator, SuffixDrafter
 from hbserve.speculation.choice import Candidate, Way, choose
@@ -110,7 +111,7 @@ def test_the_drafter_that_was_right_more_often_is_used() -> None:
 
 
 def test_a_record_counts_guesses_up_to_the_first_wrong_one() -> None:
-    record = Record(0.0, 0.0)
+    record = Record(credit=0.0)
     record.guess, record.num_known = [1, 2, 3, 4], 1
     record.settle([9])
     assert record.tried == 0
@@ -179,7 +180,7 @@ def predictor(fixed_ms: float, row_ms: float) -> StepTimePredictor:
 
 
 def candidate(num_drafts: int = 7, acceptance: float = 0.7, is_known: bool = True) -> Candidate:
-    return Candidate(Draft([1] * num_drafts, "ngram", Record(acceptance, 1.0)), 100, is_known)
+    return Candidate(Draft([1] * num_drafts, "ngram", Record(acceptance, 1.0, credit=0.0)), 100, is_known)
 
 
 def test_a_lone_stream_drafts_long_and_a_batch_that_computes_does_not() -> None:
@@ -207,3 +208,24 @@ def test_a_step_waits_for_drafts_only_where_that_pays() -> None:
     assert choose([candidate(acceptance=0.95, is_known=False)], few, model, 0.0005, 100).way is Way.WHOLE
     assert choose([candidate(acceptance=0.95, is_known=False)], many, model, 0.004, 100).way is Way.SPLIT
     assert choose([candidate(1, 0.5, is_known=False)], many, model, 0.004, 100).way is Way.PLAIN
+
+
+def test_a_late_sequence_tries_more_and_prompts_leave_less_time() -> None:
+    late = candidate(acceptance=0.7)._replace(is_late=True)
+    pair, dear = StepWork(2, 200), predictor(1.0, 1.5)
+    _, lengths = choose([candidate(acceptance=0.7), late], pair, dear, gap_s=0.0, max_rows=100)
+    assert lengths[1] > lengths[0]
+    cheap = predictor(4.0, 0.02)
+    assert choose([candidate()], StepWork(1, 100), cheap, 0.001, 100, max_s=0.00405).lengths < [4]
+
+
+def test_a_draft_model_is_used_where_its_passes_pay() -> None:
+    cheap = predictor(4.0, 0.02)
+    of_model = candidate(acceptance=0.9)
+    of_model = of_model._replace(draft=Draft([TO_BE_DRAFTED] * 7, "draft_model", of_model.draft.record))
+    lengths = [
+        choose([of_model], StepWork(1, 100), cheap, 0.001, 100, draft_s=s).lengths[0] for s in (1e-5, 1.2e-3, 5e-3)
+    ]
+    assert lengths[0] == 7 > lengths[1] > lengths[2] == 0
+    shared = choose([of_model] * 8, StepWork(8, 800), cheap, 0.001, 100, draft_s=5e-3).lengths
+    assert max(shared) > 0  # the sequences share its passes
