@@ -235,6 +235,32 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "semi_pd@80-50" in capsys.readouterr().out
 
 
+def test_the_command_line_compares_with_a_tier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
+    lines = [
+        {
+            "timestamp": 2000 * n,
+            "input_length": 8192,
+            "output_length": 2,
+            "hash_ids": [*range(16 * (n % 2), 16 * (n % 2) + 16)],
+        }
+        for n in range(4)
+    ]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    goal = ["--goodput", "ttft:400,tpot:25", "--system", "unified", "--kv-tokens", "9000", "--host-tokens", "50000"]
+    assert command.main([*goal, "--trace", str(trace), "--json", str(out)]) == 0
+    without, with_tier = json.loads(out.read_text())
+    assert (without["system"], with_tier["system"]) == ("unified", "unified+host")
+    assert without["cached_share"] < 0.1 < 0.4 < with_tier["cached_share"]
+    assert (without["loaded_bytes"], without["stored_bytes"]) == (0, 0)
+    assert 0 < with_tier["loaded_bytes"] <= with_tier["stored_bytes"]
+    assert "loaded" in capsys.readouterr().out
+    plan_out = tmp_path / "plan.json"
+    arguments = [*goal, "--trace", str(trace), "--plan", "0.4", "--json", str(plan_out)]
+    assert command.main(arguments) == 0
+    assert {outcome["system"] for outcome in json.loads(plan_out.read_text())} == {"unified*1", "unified*1+host"}
+
+
 def test_the_command_line_says_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
