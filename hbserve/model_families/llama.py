@@ -1,6 +1,6 @@
 """Llama (Touvron et al. 2023, Dubey et al. 2024): the layer that all others are compared with.
 
-Code World Model (Meta 2025) has no biases, and windows by layer.
+Code World Model (Meta 2025) has no biases in attention, and windows by layer.
 """
 
 from hbserve.model_families.declaration import Family
@@ -13,4 +13,4 @@ LLAMA = Family(
     mlp_bias="mlp_bias",
 )
 
-CWM = Family("cwm", "CwmForCausalLM", windows="by_layer")
+CWM = Family("cwm", "CwmForCausalLM", mlp_bias="mlp_bias", windows="by_layer")

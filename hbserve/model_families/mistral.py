@@ -43,7 +43,7 @@ MIXTRAL = Family(
     down="w2",
     windows="uniform",
     experts=_experts,
-    keys=("num_local_experts", "num_experts_per_tok"),
+    keys=("num_local_experts", "num_experts", "num_experts_per_tok"),
 )
 
 MINIMAX_M2 = Family(

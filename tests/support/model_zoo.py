@@ -205,6 +205,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "cwm": {
         "model_type": "cwm",
+        "mlp_bias": True,
         "bos_token_id": 0,
         "sliding_window": 24,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
