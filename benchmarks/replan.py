@@ -27,9 +27,9 @@ from hbserve.system.auto_plan import choose
 _SETTLE_S = 1.0
 _TAIL_S = 1.5
 """Time after a change in which gaps still count as the change's."""
-_PERIOD_S = 2.6
+_PERIOD_S = 3.2
 """Time between two requests while a profile is learnt: the system is idle for most of it."""
-_LEARN_TIMEOUT_S = 120.0
+_TIME_AFTER_S = 8.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interval", type=float, default=0.3, metavar="S", help="time between two such prompts")
     parser.add_argument("--rounds", type=int, default=3, help="changes there and back")
     parser.add_argument("--quantization", help="learning: fp8")
+    parser.add_argument("--seconds", type=float, default=120.0, help="learning: how long at most")
     parser.add_argument("--json", type=Path, metavar="FILE")
 
 
@@ -99,7 +100,7 @@ async def _change_rounds(
     running = llm.running_plan
     assert running is not None
     await asyncio.sleep(_SETTLE_S)
-    for number in range(rounds + 1):
+    for number in range(bool(rows), rounds + 1):
         for system in (apart, together):
             began = time.monotonic()
             name = f"to {system}" if number else f"to {system}, the first"  # it makes links and loads kernels
@@ -150,9 +151,9 @@ async def _learning(given: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(f"nothing to learn: {plan.profile}")
         print(f"begins with: {plan.profile} ({plan.profile_origin})")
         begun = time.monotonic()
-        learning = await _ask_until(llm, rng, lambda state: state["state"] == "learnt", _LEARN_TIMEOUT_S)
+        learning = await _ask_until(llm, rng, lambda state: state["state"] == "learnt", given.seconds)
         learn_s, state = time.monotonic() - begun, (await llm.client.stats())["profile"]
-        after = await _ask_until(llm, rng, lambda _: False, max(8.0, learn_s / 2))
+        after = await _ask_until(llm, rng, lambda _: False, _TIME_AFTER_S)
     results: dict[str, Any] = {"learn_s": round(learn_s, 1), "state": state, "origin": plan.profile_origin}
     print(f"{state} after {learn_s:.1f} s with a request each {_PERIOD_S} s")
     for name, times in (("while learning", learning), ("afterwards", after)):
