@@ -28,6 +28,7 @@ _EXPERIMENTS = {
     "prefill": "where the time of a prefill goes, by kind of kernel",
     "verify": "what the checksums of KV transfers cost",
     "kv_tiers": "prompts that are loaded from host memory instead of computed",
+    "kv_store": "how fast two instances share blocks through the Mooncake Store, beside its own calls",
     "kv_tier_loads": "loads on a small KV pool, without a host tier and with one",
     "chaos": "killed processes, malformed requests, configurations and model folders, from a seed",
     "speculation": "what drafts bring at a forced acceptance, by batch size",

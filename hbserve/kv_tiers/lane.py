@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from hbserve.kv_tiers import sealed
 from hbserve.kv_tiers.base import BlockName, KVTier
 from hbserve.kv_transfer.block_parts import put_blocks, take_blocks
 from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierResult
@@ -94,7 +93,7 @@ class _Turn:
 
 
 class Lane:
-    """Does jobs one after the other.
+    """Does jobs one after the other, for a tier with slots (`hbserve.kv_tiers.named_lane` has the one for others).
 
     Args:
         tier: which memory it copies to or from.
@@ -118,8 +117,6 @@ class Lane:
         self._block_bytes = kv_blocks.shape[1]
         self._num_buffered = max(1, _BUFFER_BYTES // self._block_bytes)
         self._turns: list[_Turn] = []
-        self._values: torch.Tensor | None = None  # in the host's memory, for tiers that keep blocks by name
-        self._sealed: list[int | None] = []  # checksums in the values of the job under way
         self._jobs: queue.SimpleQueue[CopyJob | None] = queue.SimpleQueue()
         # A daemon: storage that hangs must not keep the process from ending.
         threading.Thread(target=self._run, name="kv-tier", daemon=True).start()
@@ -157,7 +154,6 @@ class Lane:
         command, may_hang = job.command, self._tier.may_hang
         if not self._turns:
             self._make_buffers()
-        self._sealed.clear()
         failures: dict[int, str] = {}
         parts: list[torch.Tensor] = []
         with self._turns[0].on_stream(), nullcontext() if may_hang else self._touching(job):
@@ -177,14 +173,19 @@ class Lane:
                             found = self._put(self._names(command, first, len(blocks)), buffer, parts[-1])
                     else:
                         with turn.copying(self._turns):
-                            found = self._get(command, first, buffer)
+                            found = self._tier.get(self._names(command, first, len(blocks)), buffer)
                         with touching:  # what is not sound is computed over
                             parts.append(put_blocks(self._arena, blocks, words))
-                failures |= {first + place: kind for place, kind in _checked(found, len(blocks)).items()}
+                failures |= {first + place: kind for place, kind in checked(found, len(blocks)).items()}
             self._wait()
             checksums: list[int] = torch.cat(parts).tolist()
         if isinstance(command, LoadBlocks):
-            self._compare(command, checksums, failures)
+            for number, (checksum, expected) in enumerate(zip(checksums, command.checksums, strict=True)):
+                if number not in failures and checksum != expected[self._rank]:
+                    failures[number] = "checksum"
+        return self._result(command, checksums, failures, began)
+
+    def _result(self, command: TierCommand, checksums: list[int], failures: dict[int, str], began: float) -> TierResult:
         return TierResult(
             epoch=command.epoch,
             job_id=command.job_id,
@@ -198,11 +199,6 @@ class Lane:
     def _make_buffers(self) -> None:
         num_turns = 2 if self._device.type == "cuda" and not self._tier.may_hang else 1
         self._turns = [_Turn.of(self._num_buffered, self._block_bytes, self._device) for _ in range(num_turns)]
-        if not self._tier.has_slots:
-            shape = self._num_buffered, self._block_bytes + sealed.SEAL_BYTES
-            values = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-            self._tier.register(values)
-            self._values = values
 
     def _names(self, command: TierCommand, first: int, count: int) -> list[BlockName]:
         keys = command.keys[first : first + count]
@@ -212,36 +208,7 @@ class Lane:
     def _put(self, names: list[BlockName], buffer: torch.Tensor, checksums: torch.Tensor) -> dict[int, str]:
         if self._tier.may_hang:  # the host needs the checksums
             names = [replace(name, checksum=number) for name, number in zip(names, checksums.tolist(), strict=True)]
-        if self._values is None:
-            return self._tier.put(names, buffer)
-        values = self._values[: len(names)]
-        values[:, : self._block_bytes].copy_(buffer)
-        sealed.seal(values, names)
-        return self._tier.put(names, values)
-
-    def _get(self, command: LoadBlocks, first: int, buffer: torch.Tensor) -> dict[int, str]:
-        names = self._names(command, first, len(buffer))
-        if self._values is None:
-            return self._tier.get(names, buffer)
-        values = self._values[: len(names)]
-        values[:, self._block_bytes :].zero_()  # so that what is not read has no seal
-        failures = self._tier.get(names, values)
-        buffer.copy_(values[:, : self._block_bytes])
-        self._sealed += sealed.checksums(values, names)
-        return failures
-
-    def _compare(self, command: LoadBlocks, checksums: list[int], failures: dict[int, str]) -> None:
-        """Compare checksums with those that the scheduler knows, and with the tier's own; remove what is wrong."""
-        own = self._sealed or checksums
-        for number, found in enumerate(checksums):
-            known = command.checksums[number]
-            is_right = found == own[number] and (not known or found == known[self._rank])
-            if number not in failures and not is_right:
-                failures[number] = "checksum"
-        wrong = [number for number, kind in failures.items() if kind == "checksum"]
-        if wrong and not self._tier.has_slots:
-            names = self._names(command, 0, len(checksums))
-            self._tier.remove([names[number] for number in wrong])
+        return self._tier.put(names, buffer)
 
     @contextmanager
     def _touching(self, job: CopyJob) -> Iterator[None]:
@@ -260,7 +227,7 @@ class Lane:
             turn.wait()
 
 
-def _checked(failures: dict[int, str], num_blocks: int) -> dict[int, str]:
+def checked(failures: dict[int, str], num_blocks: int) -> dict[int, str]:
     """Check what a tier has returned, which a user may have written."""
     if not isinstance(failures, dict) or not all(place in range(num_blocks) for place in failures):
         raise TypeError(f"put and get return what went wrong by place in names, got {failures!r}")

@@ -15,6 +15,7 @@ from hbserve.kv_tiers.disk import DiskTier, DiskTierError
 from hbserve.kv_tiers.host import HostTier
 from hbserve.kv_tiers.lane import CopyJob, Lane
 from hbserve.kv_tiers.lookups import Lookups
+from hbserve.kv_tiers.named_lane import NamedLane
 from hbserve.kv_tiers.sealed import SEAL_BYTES
 from hbserve.kv_tiers.store import make_store
 from hbserve.kv_transfer.block_parts import prepare_copies
@@ -116,7 +117,8 @@ class RankTiers:
             self._lookups = Lookups(store, self._prefixes, self._timeout_s, report_found)
 
     def _open(self, name: str, tier: KVTier, kv_blocks: torch.Tensor, rank: int) -> None:
-        store, load = (Lane(tier, self._prefixes[rank], kv_blocks, rank, self._on_end) for _ in range(2))
+        kind = Lane if tier.has_slots else NamedLane
+        store, load = (kind(tier, self._prefixes[rank], kv_blocks, rank, self._on_end) for _ in range(2))
         self._lanes[name] = _Lanes(store, load)
 
     def find(self, command: FindBlocks) -> None:

@@ -1,0 +1,174 @@
+"""The lane of a tier that keeps blocks by name: blocks pass through values in the host's memory, in two halves.
+
+While the tier puts or gets the values of one half, in a second thread, the lane gathers, seals, checks or scatters
+those of the other::
+
+    put   gather, seal 0 │ gather, seal 1 │ gather, seal 0 │
+                         │     put 0      │     put 1      │ put 0
+    get        get 0     │     get 1      │     get 0      │
+                         │ check, scatter │ check, scatter │ check, scatter
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hbserve.kv_tiers import sealed
+from hbserve.kv_tiers.base import BlockName
+from hbserve.kv_tiers.lane import CopyJob, Lane, checked
+from hbserve.kv_transfer.block_parts import put_blocks, take_blocks
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
+
+_HALF_BYTES = 64 << 20
+"""Bytes of one call of the tier: a store has much to do for each call."""
+
+
+class _Caller:
+    """A thread that makes one call of the tier at a time."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], dict[int, str]]] = queue.SimpleQueue()
+        self._ends: queue.SimpleQueue[dict[int, str] | Exception] = queue.SimpleQueue()
+        self._is_busy = False
+        # A daemon: a tier that hangs must not keep the process from ending.
+        threading.Thread(target=self._run, name="kv-tier-call", daemon=True).start()
+
+    def start(self, call: Callable[[], dict[int, str]]) -> None:
+        """Begin a call; the one before has been finished."""
+        assert not self._is_busy, "one call at a time"
+        self._is_busy = True
+        self._calls.put(call)
+
+    def finish(self) -> dict[int, str]:
+        """Wait for the call under way, if there is one; raises what it raises."""
+        if not self._is_busy:
+            return {}
+        end = self._ends.get()
+        self._is_busy = False
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                call = self._calls.get()
+                try:
+                    self._ends.put(call())
+                except Exception as error:  # a user's tier may raise anything
+                    self._ends.put(error)
+
+
+class NamedLane(Lane):
+    """Does jobs one after the other, for a tier that keeps blocks by name. Never touches the arena during a call."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._caller = _Caller()
+        self._values: list[torch.Tensor] = []
+        super().__init__(*arguments)
+
+    def _make_buffers(self) -> None:
+        super()._make_buffers()
+        value_bytes = self._block_bytes + sealed.SEAL_BYTES
+        shape = 2, max(1, _HALF_BYTES // value_bytes), value_bytes
+        values = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self._tier.register(values.view(-1, value_bytes))
+        self._values = list(values)
+
+    def _do(self, job: CopyJob) -> TierResult:
+        began = time.perf_counter()
+        with suppress(Exception):
+            self._caller.finish()  # of a job that has failed or was given up
+        if not self._values:
+            self._make_buffers()
+        with self._turns[0].on_stream():
+            index = torch.tensor(job.command.block_ids, device=self._device)  # which waits for the device
+            failures: dict[int, str] = {}
+            steps = self._store if isinstance(job.command, StoreBlocks) else self._load
+            checksums = steps(job, index, failures)
+        return self._result(job.command, checksums, failures, began)
+
+    def _store(self, job: CopyJob, index: torch.Tensor, failures: dict[int, str]) -> list[int]:
+        checksums: list[int] = []
+        for number, first in enumerate(range(0, len(index), len(self._values[0]))):
+            blocks = index[first : first + len(self._values[0])]
+            values = self._values[number % 2][: len(blocks)]
+            found = self._move(job, blocks, values)
+            names = self._names(job.command, first, len(blocks))
+            names = [replace(name, checksum=checksum) for name, checksum in zip(names, found, strict=True)]
+            sealed.seal(values, names)
+            checksums += found
+            failures |= self._caller.finish()
+            self._call(self._tier.put, first, names, values)
+        failures |= self._caller.finish()
+        return checksums
+
+    def _load(self, job: CopyJob, index: torch.Tensor, failures: dict[int, str]) -> list[int]:
+        command, half, checksums = job.command, len(self._values[0]), list[int]()
+        assert isinstance(command, LoadBlocks)
+        wrong: list[BlockName] = []
+        self._get(job, 0, len(index))
+        for first in range(0, len(index), half):
+            blocks = index[first : first + half]
+            failures |= self._caller.finish()
+            self._get(job, first + half, len(index))
+            values, names = self._values[first // half % 2][: len(blocks)], self._names(command, first, len(blocks))
+            own = sealed.checksums(values, names)
+            found = self._move(job, blocks, values, to_arena=True)
+            checksums += found
+            for place, name in enumerate(names):
+                known = command.checksums[first + place]
+                is_right = found[place] == own[place] and (not known or found[place] == known[self._rank])
+                if first + place not in failures and not is_right:
+                    failures[first + place] = "checksum"
+                    wrong.append(name)
+        if wrong:
+            self._tier.remove(wrong)
+        return checksums
+
+    def _get(self, job: CopyJob, first: int, end: int) -> None:
+        """Begin to get the values from ``first`` on, unless the job ends before."""
+        half = len(self._values[0])
+        if first < end:
+            values = self._values[first // half % 2][: end - first]
+            values[:, self._block_bytes :].zero_()  # so that what is not read has no seal
+            self._call(self._tier.get, first, self._names(job.command, first, len(values)), values)
+
+    def _call(
+        self,
+        method: Callable[[list[BlockName], torch.Tensor], dict[int, str]],
+        first: int,
+        names: list[BlockName],
+        values: torch.Tensor,
+    ) -> None:
+        def call() -> dict[int, str]:
+            found = checked(method(names, values), len(names))
+            return {first + place: kind for place, kind in found.items()}
+
+        self._caller.start(call)
+
+    def _move(self, job: CopyJob, index: torch.Tensor, values: torch.Tensor, to_arena: bool = False) -> list[int]:
+        """Copy blocks between the arena and values, by way of the buffer; returns their checksums."""
+        checksums: list[torch.Tensor] = []
+        for first in range(0, len(index), self._num_buffered):
+            blocks = index[first : first + self._num_buffered]
+            buffer = self._turns[0].buffer[: len(blocks)]
+            rows = values[first : first + len(blocks), : self._block_bytes]
+            if not to_arena:
+                with self._touching(job):
+                    checksums.append(take_blocks(self._arena, blocks, buffer.view(torch.int64)))
+            for row, block in zip(rows, buffer, strict=True):  # each is contiguous, which all together are not
+                block.copy_(row) if to_arena else row.copy_(block)
+            if to_arena:
+                with self._touching(job):  # what is not sound is computed over
+                    checksums.append(put_blocks(self._arena, blocks, buffer.view(torch.int64)))
+        found: list[int] = torch.cat(checksums).tolist()
+        return found
