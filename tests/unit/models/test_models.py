@@ -124,6 +124,19 @@ def test_logits_are_as_close_to_fp32_as_those_of_transformers(name: str, dtype: 
     assert reference_error < 0.1 * exact.std().item(), "the reference itself is wrong"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe_groups", "dots1", "qwen2_moe"])
+def test_a_single_token_of_a_mixture_of_experts_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """It has kernels of its own."""
+    platform = make_platform("cuda", gpu_id=0, num_threads=None, num_instances=1)
+    platform.activate()
+    save_model(tmp_path, name)
+    for token_id in (1, 5):
+        token_ids = torch.tensor([token_id])
+        logits = our_logits(tmp_path, token_ids, torch.float32, platform).cpu()
+        torch.testing.assert_close(logits, our_logits(tmp_path, token_ids, torch.float32, cpu()), atol=1e-3, rtol=0)
+
+
 def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
     save_model(tmp_path / "single", "qwen3")
     save_model(tmp_path / "sharded", "qwen3", sharded=True)
