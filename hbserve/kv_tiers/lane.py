@@ -68,7 +68,9 @@ class _Turn:
         buffer = torch.empty(num_blocks, block_bytes, dtype=torch.uint8, device=device)
         if device.type == "cpu":
             return _Turn(buffer)
-        return _Turn(buffer, torch.cuda.Stream(device), torch.cuda.Event())  # type: ignore[no-untyped-call]
+        # Before the steps: its kernels are short and need few multiprocessors, and the next copy waits for them.
+        stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        return _Turn(buffer, stream, torch.cuda.Event())  # type: ignore[no-untyped-call]
 
     def on_stream(self) -> AbstractContextManager[Any]:
         """Make its stream the current one, on a GPU."""
