@@ -113,7 +113,10 @@ class _SetKey(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        namespace.flags = {**namespace.flags, self.dest: Flag(option or self.dest, values)}
+        name, before = option or self.dest, namespace.flags.get(self.dest)
+        if before is not None and before.name != name and before.value != values:
+            parser.error(f"{before.name} and {name} are the same key with different values; give one")
+        namespace.flags = {**namespace.flags, self.dest: Flag(name, values)}
 
 
 def _reader(key: str, kind: Any) -> Callable[[str], Any]:

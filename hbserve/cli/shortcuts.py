@@ -41,7 +41,11 @@ class Shortcuts:
         given = document.with_overrides({key: flag.value for key, flag in flags.items()})
         if not isinstance(given, dict):
             return {}  # no configuration, as its check says
-        return self._targets(given, flags) | self._instances(given, flags)
+        found = self._targets(given, flags) | self._instances(given, flags)
+        for key, flag in found.items():
+            if key in flags and flags[key].value != flag.value:
+                raise ConfigError(f"{flag.name} and {flags[key].name} set {key} to different values; give one")
+        return found
 
     def _targets(self, given: dict[str, Any], flags: Mapping[str, Flag]) -> dict[str, Flag]:
         targets = {"ttft": self.ttft_ms, "tpot": self.tpot_ms}

@@ -202,6 +202,8 @@ def test_short_names_replace_their_values() -> None:
     assert (config.performance.memory_fraction, config.server.port, config.server.host) == (0.5, 0, "::1")
     assert config.logging.level == "DEBUG"
     assert with_file().server.port == 1
+    assert with_file("--port", "2", "--server.port", "2").server.port == 2
+    assert with_file("--port", "2", "--port", "3").server.port == 3, "as everywhere, the last one counts"
 
 
 # --- errors ----------------------------------------------------------------------------------------
@@ -225,6 +227,14 @@ def test_short_names_replace_their_values() -> None:
         ),
         ("--model.path other", "MODEL and --model.path are the same"),
         ("--ttft-ms 1 --scheduler.ttft_ms 1", "--ttft-ms and --scheduler.ttft_ms are the same"),
+        (
+            "--mode semi_pd --ttft-ms 1 --tpot-ms 2 --semi_pd.slo.ttft_target_ms 3",
+            "--ttft-ms and --semi_pd.slo.ttft_target_ms set semi_pd.slo.ttft_target_ms to different values; give one",
+        ),
+        (
+            "--no-targets --scheduler.targets_by_default true",
+            "--no-targets and --scheduler.targets_by_default set scheduler.targets_by_default to different values",
+        ),
         ("--ttft-ms -1", "--ttft-ms must be positive and finite, got -1.0"),
         ("--no-targets --tpot-ms 5", "--no-targets: a target is given"),
         ("--gpus 0,1,2 --tp-size 2", "--gpus: an instance has 2 GPUs (model.tensor_parallel_size); 0,1,2 do not"),
@@ -259,6 +269,11 @@ def test_a_command_without_a_model_or_with_a_wrong_one_says_so() -> None:
         ("--semi_pd.ladder.decode [", "argument --semi_pd.ladder.decode: '[' is not valid YAML"),
         ("--gpus one", "argument --gpus: must be numbers of GPUs such as 0,1, got 'one'"),
         ("--gpus 1,1", "argument --gpus: names a GPU twice: 1,1"),
+        ("--port 1 --server.port 2", "--port and --server.port are the same key with different values; give one"),
+        (
+            "--tensor-parallel-size 2 --tp-size 4",
+            "--tensor-parallel-size and --tp-size are the same key with different",
+        ),
     ],
 )
 def test_what_is_no_flag_or_no_value_of_its_type_ends_the_program(
