@@ -32,6 +32,7 @@ gpu_instances:
 SECTIONS = {
     "semi_pd.slo": ("--semi_pd.slo", "{ttft_target_ms: 1, tpot_target_ms: 1}"),
     "kv_cache.disk": ("--kv_cache.disk", "{path: files, bytes: 1}"),
+    "kv_cache.store": ("--kv_cache.store", "{bytes: 1, master: 'host:1'}"),
 }
 """Sections that are not there by default, and what makes them."""
 SLO = SECTIONS["semi_pd.slo"]
@@ -67,6 +68,9 @@ VALUES = {
     "gpu_instances": "[{instance_id: mine, instance_type: unified, gpu_id: 3}]",
     "kv_cache.disk": "{path: files, bytes: 1000000}",
     "kv_cache.disk.path": "others",
+    "kv_cache.store": "{bytes: 1000000, master: 'other:1'}",
+    "kv_cache.store.backend": "my.module:Tier",
+    "kv_cache.store.master": "other:1",
     "kv_transfer.backend": "mooncake",
     "performance.block_size": "32",
     "performance.memory_fraction": "0.5",
