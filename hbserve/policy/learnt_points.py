@@ -15,6 +15,8 @@ from hbserve.policy.probe_step import ProbeSize
 from hbserve.policy.step_profile import FORMAT, StepPoint, StepProfile
 from hbserve.policy.step_time_predictor import StepWork
 
+SOURCE = "learnt while serving"
+"""What a learnt profile says of its numbers."""
 _NUM_NEEDED = 3
 """Steps after which a bin counts."""
 _NUM_KEPT = 5
@@ -112,9 +114,7 @@ class LearntPoints:
             (found.point for found in self._bins.values() if found.counts),
             key=lambda p: (bool(p.decode_rows), bool(p.prompt_tokens), p.prompt_tokens, p.decode_rows, p.ms),
         )
-        return StepProfile(
-            format=FORMAT, model=model, device=device, source="learnt while serving", steps=tuple(points)
-        )
+        return StepProfile(format=FORMAT, model=model, device=device, source=SOURCE, steps=tuple(points))
 
 
 def _size_of(work: StepWork) -> ProbeSize | None:

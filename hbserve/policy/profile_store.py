@@ -20,6 +20,7 @@ from hbserve.config import KVCacheConfig, ModelConfig
 from hbserve.errors import ConfigError, ModelError
 from hbserve.model_files import read_config
 from hbserve.policy.derived_profile import HOST_MS, ModelAmounts, derive, quantized_shares
+from hbserve.policy.learnt_points import SOURCE
 from hbserve.policy.profile_file import BUILT_IN, LearntProfile, load_profile
 from hbserve.policy.step_profile import FORMAT, StepProfile
 from hbserve.weight_format import read_weight_format
@@ -137,7 +138,7 @@ def _weight_format(folder: Path) -> str | None:
     return None if found is None else f"fp8-{found.granularity}"
 
 
-ProfileOrigin = Literal["cache", "shipped", "derived", "built-in"]
+ProfileOrigin = Literal["cache", "learnt", "shipped", "derived", "built-in"]
 _BUILT_IN: ProfileOrigin = "built-in"
 _DERIVED: ProfileOrigin = "derived"
 
@@ -196,7 +197,7 @@ def _measured(key: ProfileKey) -> FoundProfile | None:
             if profile.subject not in ("", key.subject):
                 raise ConfigError(f"latency profile {path}: it is of {profile.subject}, not of {key.subject}")
             source = f"{profile.source or 'measured'}, on this kind of GPU ({path})"
-            return FoundProfile(profile, source, True, path, "cache")
+            return FoundProfile(profile, source, True, path, "learnt" if profile.source == SOURCE else "cache")
         except ConfigError as error:
             logger.warning("a damaged profile is ignored, and made again: %s", error)
     if key.gpu == _SHIPPED_GPU and key.dtype == "bfloat16" and key.num_ranks == 1 and key.is_plain:

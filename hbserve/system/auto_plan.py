@@ -97,8 +97,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         instances: role of each, by name.
         why: one or two sentences.
         profile: which step times the choice and the targets rest on; None: none were needed.
-        profile_origin: ``cache`` (measured or learnt here), ``shipped``, ``derived`` from that of another format, or
-            ``built-in``.
+        profile_origin: ``cache`` (measured here), ``learnt`` (by a system that ran here), ``shipped``, ``derived`` from
+            that of another format, or ``built-in``.
         learnt_profile: where better ones are kept that the system learns while it serves.
         profile_path: their file, if they are of this model on this kind of GPU; the scheduler's predictions start
             from it.

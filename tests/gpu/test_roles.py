@@ -7,11 +7,14 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.config import InstanceRole, from_dict
+from hbserve.policy.profile_file import LearntProfile, load_profile, profiled_predictor
+from hbserve.policy.step_time_predictor import StepWork
 from tests.support.engines import assert_no_leaks
 from tests.support.paths import ROOT
 from tests.support.ports import free_ports
@@ -92,3 +95,48 @@ async def test_a_changed_role_and_a_joined_instance_run_captured(capfd: pytest.C
         assert stats["cpu_scheduler"]["retries"] == 0
     with capfd.disabled():
         print(f"60 questions: {first:.2f} s, after the change {changed:.2f} s; the change took {change_s:.2f} s")
+
+
+async def test_replicas_become_prefill_and_decode_at_once_and_a_profile_is_learnt_before(tmp_path: Path) -> None:
+    config = from_dict(
+        {
+            "mode": "unified",
+            "model": {"path": DEMO, "device": "cuda", "dtype": "bfloat16"},
+            "performance": {"num_blocks": 2048, "max_num_seqs": 64},
+            "kv_transfer": {"backend": "shm"},
+            "gpu_instances": [
+                {"instance_id": f"u{number}", "instance_type": "unified", "gpu_id": 0} for number in range(2)
+            ],
+        }
+    )
+    rng = random.Random(8)
+    questions = [language.recall_question(rng, rng.randint(3, 150)) for _ in range(60)]
+    llm = DisaggregatedLLM(config)
+    llm.launcher.learnt_profile = LearntProfile(str(tmp_path / "profile.json"), "the demo model")
+    async with llm:
+        async with asyncio.timeout(DEADLINE_S):
+            while not (tmp_path / "profile.json").is_file():  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.2)
+        profile = load_profile(tmp_path / "profile.json")
+        steps = profiled_predictor(profile)
+        assert len(profile.steps) >= 8
+        assert 0 < steps.seconds(StepWork(1, 1024)) < steps.seconds(StepWork(64, 64 * 4096)) < 0.1
+
+        async def answer() -> None:
+            asked = [llm.chat(question.messages, GREEDY) for question in questions]
+            outputs = await asyncio.wait_for(asyncio.gather(*asked), DEADLINE_S)
+            right = sum(o["text"] == question.answer for o, question in zip(outputs, questions, strict=True))
+            assert right >= 57
+
+        running = llm.running_plan
+        assert running is not None
+        for system in ("1p1d", "unified*2"):
+            work = asyncio.create_task(answer())
+            await asyncio.sleep(0.05)
+            await running.change_to(system, DEADLINE_S)
+            await work
+            await answer()
+        await asyncio.to_thread(assert_no_leaks, llm)
+        stats = await llm.client.stats()
+        assert stats["cpu_scheduler"]["retries"] == 0
+        assert stats["kv_transfer"]["links"]["u0->u1"]["transfers"] > 0

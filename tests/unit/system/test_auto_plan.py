@@ -16,6 +16,7 @@ from hbserve.config.flat import PdDisaggConfig as Flat
 from hbserve.errors import ConfigError
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.model_source import SHAPES
+from hbserve.policy.learnt_points import SOURCE
 from hbserve.policy.profile_file import BUILT_IN, load_profile, profiled_predictor, save_profile
 from hbserve.policy.profile_store import BUILT_IN_SHAPE, FoundProfile, ModelShape, ProfileKey, find_profile
 from hbserve.policy.step_time_predictor import StepWork
@@ -247,9 +248,9 @@ def test_fp8_has_profiles_of_its_own_and_until_then_one_derived_from_bfloat16(gp
     assert plan.learnt_profile.path == str(key.path)
     assert plan.profile_path is None, "the scheduler starts from no guess"
     key.path.parent.mkdir(parents=True)
-    plan.learnt_profile.keep(derived.profile)
+    plan.learnt_profile.keep(msgspec.structs.replace(derived.profile, source=SOURCE))
     _, plan = choose(from_dict(fp8), Predictions())
-    assert (plan.profile_origin, plan.profile_path, plan.learnt_profile) == ("cache", str(key.path), None)
+    assert (plan.profile_origin, plan.profile_path, plan.learnt_profile) == ("learnt", str(key.path), None)
     assert found(eight, H200).origin == "shipped", "a profile of FP8 is none of bfloat16"
     assert choose(from_dict(fp8 | {"mode": "unified"}))[1].learnt_profile is None
 
