@@ -24,7 +24,7 @@ import torch
 from hbserve.kv_tiers import sealed
 from hbserve.kv_tiers.base import BlockName
 from hbserve.kv_tiers.lane import CopyJob, Lane, checked
-from hbserve.kv_transfer.block_parts import put_blocks, take_blocks
+from hbserve.kv_transfer.block_parts import checksums_of, put_blocks, take_blocks
 from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
 
 _HALF_BYTES = 64 << 20
@@ -156,19 +156,30 @@ class NamedLane(Lane):
         self._caller.start(call)
 
     def _move(self, job: CopyJob, index: torch.Tensor, values: torch.Tensor, to_arena: bool = False) -> list[int]:
-        """Copy blocks between the arena and values, by way of the buffer; returns their checksums."""
-        checksums: list[torch.Tensor] = []
-        for first in range(0, len(index), self._num_buffered):
-            blocks = index[first : first + self._num_buffered]
-            buffer = self._turns[0].buffer[: len(blocks)]
-            rows = values[first : first + len(blocks), : self._block_bytes]
-            if not to_arena:
-                with self._touching(job):
-                    checksums.append(take_blocks(self._arena, blocks, buffer.view(torch.int64)))
-            for row, block in zip(rows, buffer, strict=True):  # each is contiguous, which all together are not
-                block.copy_(row) if to_arena else row.copy_(block)
-            if to_arena:
-                with self._touching(job):  # what is not sound is computed over
-                    checksums.append(put_blocks(self._arena, blocks, buffer.view(torch.int64)))
-        found: list[int] = torch.cat(checksums).tolist()
+        """Copy blocks between the arena and values; returns their checksums. What is not sound is computed over."""
+        rows = values[:, : self._block_bytes].view(torch.int64)
+        if self._device.type == "cpu":
+            with self._touching(job):
+                for row, block in zip(rows, index.tolist(), strict=True):
+                    self._arena[block].copy_(row) if to_arena else row.copy_(self._arena[block])
+            sums = checksums_of(values[:, : self._block_bytes])
+        else:
+            size = self._num_buffered
+            parts = zip(torch.split(index, size), torch.split(rows, size), strict=True)
+            sums = torch.cat([self._move_part(job, blocks, part, to_arena) for blocks, part in parts])
+        found: list[int] = sums.tolist()
         return found
+
+    def _move_part(self, job: CopyJob, index: torch.Tensor, rows: torch.Tensor, to_arena: bool) -> torch.Tensor:
+        """Copy as many blocks as the buffer on the device holds, by way of it."""
+        buffer = self._turns[0].buffer[: len(index)].view(torch.int64)
+        if to_arena:
+            for row, block in zip(rows, buffer, strict=True):  # each is contiguous, which all together are not
+                block.copy_(row)
+            with self._touching(job):
+                return put_blocks(self._arena, index, buffer)
+        with self._touching(job):
+            sums = take_blocks(self._arena, index, buffer)
+        for row, block in zip(rows, buffer, strict=True):
+            row.copy_(block)
+        return sums
