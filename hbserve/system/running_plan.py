@@ -76,10 +76,10 @@ class LoadSummary(NamedTuple):
 
     def is_like(self, other: LoadSummary) -> bool:
         """Whether no number has changed by more than a quarter."""
-        floor = 0.1 * self.prompt_tokens  # few cached tokens more or less change nothing
+        least = LoadSummary(0.0, 0.0, 0.1 * self.prompt_tokens, 0.0)  # few cached tokens more or less change nothing
         return all(
-            abs(mine - theirs) <= _CHANGE_OF_LOAD * max(mine, theirs, floor if mine is self.cached_tokens else 0.0)
-            for mine, theirs in zip(self, other, strict=True)
+            abs(own - others) <= _CHANGE_OF_LOAD * max(own, others, floor)
+            for own, others, floor in zip(self, other, least, strict=True)
         )
 
 
@@ -118,6 +118,9 @@ class RunningPlan:
                 await self.look(time.monotonic())
             except HBServeError as error:
                 logger.warning("the plan stays as it is: %s", error)
+            except Exception:  # a bug here must not end a system that serves
+                logger.exception("the load is not looked at any more")
+                return
 
     async def look(self, now: float) -> None:
         """Judge the plan by the load of the last two minutes, and change it if another one is better, twice in a row.
@@ -132,9 +135,9 @@ class RunningPlan:
         summary = LoadSummary.of(load)
         if self._wanted is None and self._judged is not None and summary.is_like(self._judged):
             return
-        predictions = await asyncio.to_thread(self._simulate, load)
+        predictions, is_measured = await asyncio.to_thread(self._simulate, load)
         self._judged = summary
-        best, why = choose_again(predictions, current)
+        best, why = choose_again(predictions, current, is_measured)
         rows = [prediction_row(p) for p in sorted(predictions, key=lambda p: p.mean, reverse=True)]
         numbers = {name: round(number, 3) for name, number in summary._asdict().items()}
         self.plan = msgspec.structs.replace(
@@ -165,14 +168,15 @@ class RunningPlan:
         await self._change(system, "operator", "an operator has asked for it", [], deadline_s)
         return self.plan
 
-    def _simulate(self, load: list[LoadEntry]) -> list[CandidatePrediction]:
+    def _simulate(self, load: list[LoadEntry]) -> tuple[list[CandidatePrediction], bool]:
+        """Return the predictions, and whether they rest on measured step times."""
         config, targets = self._config, self.plan.targets
         gpus = mps.gpus()
         found = find_profile(ProfileKey.of(config.model, config.kv_cache, gpus[0] if gpus else "cpu"))
         first = load[0].arrival_s
         load = [msgspec.structs.replace(entry, arrival_s=entry.arrival_s - first) for entry in load]
         orders = orders_of(config, found, targets, candidates_of(len(self.plan.instances), targets), load)
-        return (self._predict or PredictionProcess())(orders)
+        return (self._predict or PredictionProcess())(orders), found.is_measured
 
     async def _roles(self) -> dict[str, InstanceRole]:
         """Return the roles of the plan's instances that are ready, as they are now."""
@@ -241,7 +245,7 @@ def roles_of(system: str, roles: dict[str, InstanceRole]) -> dict[str, InstanceR
         InvalidRequestError: if the name is none of a system of as many instances.
     """
     match, count = _SYSTEM.fullmatch(system), len(roles)
-    example = f"unified*{count} or {max(1, count // 2)}p{max(1, count - count // 2)}d"
+    example = f"unified*{count}" + (f" or {count // 2}p{count - count // 2}d" if count > 1 else "")
     if match is None:
         raise InvalidRequestError(f"system must be unified*N or XpYd, such as {example}; got {system!r:.60}", "system")
     num_prefill, num_decode = int(match["x"] or 0), int(match["y"] or 0)
@@ -259,10 +263,13 @@ def roles_of(system: str, roles: dict[str, InstanceRole]) -> dict[str, InstanceR
     return dict(sorted(chosen.items(), key=lambda item: item[1] is not InstanceRole.PREFILL))
 
 
-def choose_again(predictions: list[CandidatePrediction], current: str) -> tuple[str, str]:
+def choose_again(predictions: list[CandidatePrediction], current: str, is_measured: bool) -> tuple[str, str]:
     """Return the best system for a load, and why.
 
     It is the present one, unless another gains more than predictions are off.
+
+    Args:
+        is_measured: the predictions rest on step times of this model on this kind of GPU.
     """
     means = {prediction.system: prediction.mean for prediction in predictions}
     if current not in means:
@@ -275,4 +282,6 @@ def choose_again(predictions: list[CandidatePrediction], current: str) -> tuple[
     needed = max(error_of(best), error_of(current))
     text = f"under the load of the last {_WINDOW_S:g} s {current} is predicted to serve {100 * least:.1f} % within the "
     text += f"targets, and {best} {100 * means[best]:.1f} %; a change must gain more than {100 * needed:.1f} points"
+    if rivals[best] > needed and not is_measured:
+        return current, f"{text}, with step times that were measured; these are a guess"
     return (best if rivals[best] > needed else current), text

@@ -7,9 +7,12 @@ import itertools
 from pathlib import Path
 
 import httpx
+import pytest
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
+from hbserve.policy.profile_file import load_profile, save_profile
+from hbserve.policy.profile_store import ProfileKey
 from hbserve.server.app import create_app
 from hbserve.system.running_plan import RunningPlan
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
@@ -19,7 +22,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 DEADLINE_S = 90.0
 
 
-async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(tmp_path: Path) -> None:
+async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = save_model(tmp_path, "smollm3")
     prompts = [random_prompt(30 + 17 * index, seed=index) for index in range(8)]
     expected = [greedy_reference(model, prompt, 60) for prompt in prompts]
@@ -114,6 +119,11 @@ async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(tmp
             means = {"unified*3": 0.4, "1p2d": 0.9, "2p1d": 0.4}
             return [CandidatePrediction(system=s, attainment={"recent": means[s]}, bound={}) for s in orders.candidates]
 
+        monkeypatch.setenv("HBSERVE_CACHE", str(tmp_path / "cache"))
+        key = ProfileKey.of(llm.config.model, llm.config.kv_cache, "cpu")
+        assert key is not None
+        key.path.parent.mkdir(parents=True)
+        save_profile(load_profile(None), key.path)
         running = RunningPlan(llm.config, llm.plan, llm.client, llm.report_event, predict)
         work = asyncio.create_task(llm.generate(prompts, GREEDY))
         await running.look(0.0)

@@ -32,16 +32,17 @@ def test_a_system_has_one_name_and_as_few_instances_change_as_possible() -> None
 def test_a_change_must_gain_more_than_the_worse_prediction_is_off() -> None:
     error = 100 * PREDICTION_ERRORS["disaggregated"] + 3
 
-    def decide(current: str, **means: float) -> str:
+    def decide(current: str, is_measured: bool = True, **means: float) -> str:
         names = {name.replace("_x", "*").removeprefix("s"): mean / 100 for name, mean in means.items()}
         found = [CandidatePrediction(system=s, attainment={"recent": m}, bound={}) for s, m in names.items()]
-        return choose_again(found, current)[0]
+        return choose_again(found, current, is_measured)[0]
 
     assert decide("unified*2", unified_x2=50, s1p1d=50 + error - 1) == "unified*2"
     assert decide("unified*2", unified_x2=50, s1p1d=50 + error + 1) == "1p1d"
     assert decide("1p1d", unified_x2=50 + error - 1, s1p1d=50) == "1p1d", "it is the present system that is uncertain"
     assert decide("1p1d", unified_x2=50 + error + 1, s1p1d=50) == "unified*2"
     assert decide("1p1d") == "1p1d"
+    assert decide("unified*2", is_measured=False, unified_x2=10, s1p1d=99) == "unified*2"
 
 
 def test_only_a_changed_load_is_judged_again() -> None:
