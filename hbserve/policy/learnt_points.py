@@ -77,23 +77,26 @@ class LearntPoints:
     ) -> ProbeSize | None:
         """Return a size that has not been seen often enough; None: there is none left.
 
-        Sizes go from small to large, so that each is predicted from smaller ones.
+        Each size is seen once before any is seen again, so that a disturbance of seconds spoils no size. They
+        go from small to large, so that each is predicted from smaller ones.
 
         Args:
             estimate_s: predicts a step; 0: it knows nothing.
             max_s: steps that are predicted to take longer are left to the requests.
         """
+        wanted: tuple[int, ProbeSize] | None = None
         for size in _probes():
-            if not _fits(size, limits) or size in self._too_large:
+            if size in self._too_large or not _fits(size, limits):
                 continue
             found = self._bins.get(_key(size))
-            if found is not None and found.counts:
+            num_seen = 0 if found is None else len(found.times)
+            if num_seen >= _NUM_NEEDED or (wanted is not None and num_seen >= wanted[0]):
                 continue
             if estimate_s(size.work) > max_s or (found is None and len(self._bins) >= _MAX_BINS):
                 self._too_large.add(size)
-                continue
-            return size
-        return None
+            else:
+                wanted = num_seen, size
+        return None if wanted is None else wanted[1]
 
     @property
     def num_points(self) -> int:
