@@ -15,6 +15,7 @@ import pytest
 from hbserve.kv_cache import block_pool
 from hbserve.kv_cache.block_pool import BlockPool
 from hbserve.messages.client import RequestOutput
+from hbserve.messages.tiers import TierResult
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepLost, StepResult
 from hbserve.scheduler import request_lifecycle, step_planner, transfer_tracker
@@ -25,7 +26,8 @@ from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.request_lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import KVAllocation, Phase, Sequence
 from hbserve.scheduler.step_planner import StepPlanner
-from hbserve.scheduler.tiers.tracker import KVLoad
+from hbserve.scheduler.tiers.lookups import TierLookups
+from hbserve.scheduler.tiers.tracker import KVLoad, KVTiers
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.scheduler.worker_registry import WorkerRegistry
@@ -399,6 +401,23 @@ def a_late_load_is_waited_for_no_longer_but_keeps_its_blocks(patch: Patch) -> No
 
 
 @_plant
+def a_late_lookup_is_never_given_up(patch: Patch) -> None:
+    patch.setattr(TierLookups, "expire", lambda self: None)
+
+
+@_plant
+def what_a_lookup_has_found_is_believed(patch: Patch) -> None:
+    def on_result(self: KVTiers, worker: WorkerHandle, result: TierResult) -> KVLoad | None:
+        job = self._jobs.get(result.job_id)
+        if job is not None and job.load is not None and not all(entry.checksums for entry in job.entries):
+            result = msgspec.structs.replace(result, failures={})
+        return original(self, worker, result)
+
+    original = KVTiers.on_result
+    patch.setattr(KVTiers, "on_result", on_result)
+
+
+@_plant
 def the_last_layer_group_is_not_waited_for(patch: Patch) -> None:
     def open_transfer(self: TransferTracker, sequence: Sequence, *others: Any) -> Any:
         command = original(self, sequence, *others)
@@ -444,6 +463,8 @@ def the_only_instance_may_be_removed_while_it_is_lost(patch: Patch) -> None:
 
 
 FOUND_BY = {
+    "a_late_lookup_is_never_given_up": 93,
+    "what_a_lookup_has_found_is_believed": 100,
     "copies_of_tiers_do_not_pin": 288,
     "a_block_with_a_wrong_checksum_is_used": 1008,
     "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 304,

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from hbserve import LLM, SamplingParams
+from hbserve.config import StoreTierConfig
+from hbserve.kv_tiers.base import BlockName, KVTierContext
+from hbserve.kv_tiers.mooncake import MooncakeTier
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.support.model_zoo import save_model
 from tests.support.store_process import StoreProcess, running_store
@@ -182,6 +186,30 @@ def test_a_store_that_is_damaged_stopped_and_killed_changes_no_answer(
 
         wait_for(is_stored_again)
         assert_no_leaks(llm)
+
+
+def test_a_store_evicts_and_says_what_is_missing(filled: Filled) -> None:
+    config = StoreTierConfig(**filled.store.settings)
+    store = MooncakeTier(KVTierContext(config, 1 << 20, 5.0))
+    values = torch.randint(0, 256, (8, 1 << 20), dtype=torch.uint8)
+    found = torch.zeros_like(values)
+    store.register(values)
+    store.register(found)
+    names = [BlockName(f"evicts-{number}") for number in range(48)]  # three times what fits
+    for first in range(0, len(names), 8):
+        assert set(store.put(names[first : first + 8], values).values()) <= {"full"}
+    assert store.put(names[-1:], values[7:]) in ({}, {0: "full"})
+    assert not store.contains([BlockName("other")])[0]
+    gone = 0
+    for first in range(0, len(names), 8):
+        failures = store.get(names[first : first + 8], found)
+        assert set(failures.values()) <= {"missing"}
+        gone += len(failures)
+        there = [place for place in range(8) if place not in failures]
+        assert torch.equal(found[there], values[there])
+    assert 32 <= gone < 48
+    store.remove(names)
+    assert not any(store.contains(names))
 
 
 def check_answers(folder: str, cases: list[Case], expects_stored: bool = True, **settings: Any) -> None:
