@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -61,9 +61,15 @@ def one_sequence(
 
 
 @torch.inference_mode()
-def our_logits(folder: Path, token_ids: torch.Tensor, dtype: torch.dtype, platform: Platform) -> torch.Tensor:
+def our_logits(
+    folder: Path,
+    token_ids: torch.Tensor,
+    dtype: torch.dtype,
+    platform: Platform,
+    quantization: Literal["fp8"] | None = None,
+) -> torch.Tensor:
     """Compute logits ``[tokens, vocab]`` of a sequence with HBServe's decoder."""
-    spec = ModelSpec.load(folder)
+    spec = ModelSpec.load(folder, quantization)
     table = WeightTable.build(spec, dtype)
     arena = platform.allocate_arena(table.num_bytes)
     load_weights(folder, spec, table, arena)
