@@ -260,7 +260,8 @@ class PagedDecode(Attention):
 
     def _cutter(self, num_rows: int) -> PieceCutter:
         num_kv_heads, lanes = self.layout.num_kv_heads, triton.next_power_of_2(self.layout.head_dim)
-        block, _, _, programs_per_sm = _launch_shape(num_rows * num_kv_heads, lanes)
+        is_fp8 = self.kv_scales is not None
+        block, _, _, programs_per_sm = _launch_shape(num_rows * num_kv_heads, lanes, is_fp8)
         return PieceCutter(num_rows, num_kv_heads, block, self._num_multiprocessors, programs_per_sm)
 
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
@@ -272,7 +273,8 @@ class PagedDecode(Attention):
         partial = torch.empty(num_heads, capacity, head_dim, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(num_heads, capacity, dtype=torch.float32, device=q.device)
         lanes, group_lanes = triton.next_power_of_2(head_dim), triton.next_power_of_2(self._group)
-        block, stages, num_warps, _ = _launch_shape(num_rows * num_kv_heads, lanes)
+        is_fp8 = self.kv_scales is not None
+        block, stages, num_warps, _ = _launch_shape(num_rows * num_kv_heads, lanes, is_fp8)
         kernel: Any = _decode_kernel
         kernel[(num_kv_heads, capacity)](
             q, cache, partial_lse if self.kv_scales is None else self.kv_scales[layer],
@@ -282,12 +284,12 @@ class PagedDecode(Attention):
             self._group, max(_MIN_QUERY_ROWS, group_lanes), num_kv_heads, head_dim,
             lanes, self.layout.block_size, block, MAX_SPLITS,
             group_lanes, max(1, _MERGED_VALUES * num_warps // (group_lanes * lanes)), stages,
-            num_rows * num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS, self.kv_scales is not None, self._overlap,
+            num_rows * num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS, is_fp8, self._overlap,
             num_warps=num_warps, launch_pdl=self._overlap,
         )  # fmt: skip
 
 
-def _launch_shape(programs: int, lanes: int) -> tuple[int, int, int, int]:
+def _launch_shape(programs: int, lanes: int, is_fp8: bool) -> tuple[int, int, int, int]:
     """Choose a program's tokens per load, loads in flight and warps, and the programs that a multiprocessor holds.
 
     The first three come from a sweep (docs/benchmarks.md); the last follows from the kernel's registers.
