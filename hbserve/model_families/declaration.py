@@ -130,8 +130,10 @@ class Family:
         windows: which layers have a sliding window: ``none``, those that ``layer_types`` names (``by_layer``), or all
             if ``sliding_window`` is set (``uniform``).
         experts: reads the mixture of experts from transformers' configuration; None: there is none. In the checkpoint
-            the router is ``gate``, and each expert has the names of a feed-forward layer under ``experts.<i>``.
-        router_bias: name of the bias in the checkpoint, beside the router.
+            the router is ``router``, and each expert has the names of a feed-forward layer under ``experts.<i>``.
+        router, router_bias: names of the router and of its bias in the checkpoint.
+        stacked_experts: names of two tensors with the matrices of all experts, ``gate | up`` and down; None: each
+            expert has its own.
         shared_expert: name of the expert that computes every token.
         scales: reads factors and soft caps from transformers' configuration.
         keys: other keys of ``config.json`` that the fields above depend on.
@@ -162,7 +164,9 @@ class Family:
     has_draft_layers: bool = False
     windows: Literal["none", "by_layer", "uniform"] = "none"
     experts: Callable[[Any], Experts] | None = None
+    router: str = "gate"
     router_bias: str = "gate.e_score_correction_bias"
+    stacked_experts: tuple[str, str] | None = None
     shared_expert: str = "shared_experts"
     scales: Callable[[Any], Scales] = _no_scales
     keys: tuple[str, ...] = ()

@@ -1,12 +1,13 @@
 """Granite 3 (IBM 2024): Llama with four factors (Yang et al. 2022, maximal update parametrisation).
 
-HyperCLOVA X (NAVER 2025) has norms of what a block adds, too, and multiplies the logits where Granite divides.
+The models with experts have them in all layers, stacked in one tensor. HyperCLOVA X (NAVER 2025) has norms of what a
+block adds, too, and multiplies the logits where Granite divides.
 """
 
 import dataclasses
 from typing import Any
 
-from hbserve.model_families.declaration import Family, LayerNorms, Scales
+from hbserve.model_families.declaration import Experts, Family, LayerNorms, Scales
 
 
 def _scales(config: Any) -> Scales:
@@ -26,6 +27,30 @@ GRANITE = Family(
     mlp_bias="mlp_bias",
     scales=_scales,
     keys=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+)
+
+
+def _experts(config: Any) -> Experts:
+    return Experts(
+        num_experts=config.num_local_experts,
+        num_chosen=config.num_experts_per_tok,
+        inner_size=config.intermediate_size,
+        is_renormalised=True,
+        layers=(True,) * config.num_hidden_layers,
+    )
+
+
+GRANITE_MOE = Family(
+    "granitemoe",
+    "GraniteMoeForCausalLM",
+    mlp="block_sparse_moe",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    scales=_scales,
+    experts=_experts,
+    router="router.layer",
+    stacked_experts=("input_linear", "output_linear"),
+    keys=(*GRANITE.keys, "num_local_experts", "num_experts_per_tok"),
 )
 
 HYPERCLOVAX = dataclasses.replace(

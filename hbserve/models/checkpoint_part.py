@@ -71,6 +71,36 @@ class CheckpointVector(CheckpointPart):
 
 
 @dataclass(frozen=True)
+class StackedExpertsPart(CheckpointPart):
+    """The matrices of all experts in one tensor ``[experts, rows, columns]``; the arena has their rows, stacked.
+
+    Attributes:
+        dim: 1 or 2, the dimension that start and stop slice.
+        num_stacked: matrices that the rows of an expert consist of, each sliced: 2 for ``gate | up``.
+        first, last: this rank's experts.
+    """
+
+    num_stacked: int
+    first: int
+    last: int
+
+    is_slice: ClassVar[bool] = False
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        _, num_rows, num_columns = self.shape
+        size, count = self.stop - self.start, self.last - self.first
+        return (count * self.num_stacked * size, num_columns) if self.dim == 1 else (count * num_rows, size)
+
+    def read(self, source: Any, device: torch.device) -> Tensor:
+        experts = cast(Tensor, source[self.first : self.last])
+        if self.dim == 2:
+            return experts[..., self.start : self.stop].reshape(self.local_shape)
+        matrices = experts.view(len(experts), self.num_stacked, -1, self.shape[2])
+        return matrices[:, :, self.start : self.stop].reshape(self.local_shape)
+
+
+@dataclass(frozen=True)
 class KVScalePart(CheckpointPart):
     """Scales of a layer's keys or values: of each KV head, or of all; start and stop are this rank's heads."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hbserve.errors import ModelError
 from hbserve.layers.fp8 import Quantised, quantise_weight
-from hbserve.models.checkpoint_part import CheckpointPart, Parameter
+from hbserve.models.checkpoint_part import CheckpointPart, Parameter, StackedExpertsPart
 from hbserve.weight_format import BLOCK_SIZE, Fp8Format, Granularity
 
 
@@ -125,6 +125,10 @@ def fp8_parameters(weight_format: Fp8Format, name: str, parts: tuple[CheckpointP
         return
     if False in converted:
         raise ModelError(f"only some of {', '.join(modules)} are quantised; HBServe computes them as one matrix")
+    if any(isinstance(part, StackedExpertsPart) for part in parts):
+        raise ModelError(
+            f"{parts[0].name} has all experts; FP8 is supported only where each expert has its own tensors"
+        )
     places = [(part.name, part.shape, part.dim, part.start, part.stop) for part in parts]
     if weight_format.is_on_load:
         yield name, tuple(_QuantisedPart(*place) for place in places)

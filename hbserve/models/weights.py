@@ -25,7 +25,7 @@ from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
 from hbserve.model_families.declaration import Experts
 from hbserve.model_spec import DTYPES, EMBEDDING, LM_HEAD, ModelSpec
-from hbserve.models.checkpoint_part import CheckpointPart, CheckpointVector, KVScalePart, Parameter
+from hbserve.models.checkpoint_part import CheckpointPart, CheckpointVector, KVScalePart, Parameter, StackedExpertsPart
 from hbserve.models.schemes import matrix_parameters
 from hbserve.weight_format import Fp8Format
 
@@ -173,18 +173,14 @@ class _Sharding:
         else:
             columns = self._share(experts.inner_size, "width of experts")
         inner = _Slice(experts.inner_size, list(columns))
-        names = [f"{prefix}experts.{expert}." for expert in range(*local)]
-        yield "router", (_part(f"{prefix}gate.weight", (experts.num_experts, hidden)),)
+        yield "router", (_part(f"{prefix}{family.router}.weight", (experts.num_experts, hidden)),)
         if experts.has_bias:
             bias = CheckpointVector(f"{prefix}{family.router_bias}", (experts.num_experts,), 0, 0, experts.num_experts)
             yield "router_bias", (bias,)
-        ups = (f"{name}{source}.weight" for name in names for source in family.up)
+        up_parts, down_parts = self._expert_parts(prefix, experts, local, inner)
         # Inputs of experts stay as they are, so scales of them are not read.
         expert_format = self.spec.weight_format and replace(self.spec.weight_format, is_static=False)
-        up_parts = tuple(_part(up, (inner.size, hidden), *inner.bounds) for up in ups)
         yield from matrix_parameters(expert_format, "up", up_parts)
-        downs = (f"{name}{family.down}.weight" for name in names)
-        down_parts = tuple(CheckpointPart(down, (hidden, inner.size), 1, *inner.bounds) for down in downs)
         yield from matrix_parameters(expert_format, "down", down_parts)
         if experts.shared_size:
             weight_format = self.spec.weight_format
@@ -194,6 +190,27 @@ class _Sharding:
             yield from self._row_parallel("shared_down", False, f"{shared}.{family.down}", rows, weight_format)
             if experts.has_shared_gate:
                 yield "shared_gate", (_part(f"{shared}_gate.weight", (1, hidden)),)
+
+    def _expert_parts(
+        self, prefix: str, experts: Experts, local: tuple[int, int], inner: _Slice
+    ) -> tuple[tuple[CheckpointPart, ...], tuple[CheckpointPart, ...]]:
+        """Return the tensors of ``gate | up`` and of the down projections, of one expert after the other."""
+        hidden, family, count = self.spec.hidden_size, self.spec.family, experts.num_experts
+        if family.stacked_experts is not None:
+            up, down = (f"{prefix}{name}.weight" for name in family.stacked_experts)
+            up_shape, down_shape = (count, 2 * inner.size, hidden), (count, hidden, inner.size)
+            start, stop = inner.bounds
+            return (
+                (StackedExpertsPart(up, up_shape, 1, start, stop, 2, *local),),
+                (StackedExpertsPart(down, down_shape, 2, start, stop, 1, *local),),
+            )
+        names = [f"{prefix}experts.{expert}." for expert in range(*local)]
+        ups = (f"{name}{source}.weight" for name in names for source in family.up)
+        downs = (f"{name}{family.down}.weight" for name in names)
+        return (
+            tuple(_part(up, (inner.size, hidden), *inner.bounds) for up in ups),
+            tuple(CheckpointPart(down, (hidden, inner.size), 1, *inner.bounds) for down in downs),
+        )
 
     def _norm(self, place: str, source: str) -> Parameter:
         names = ("weight", "bias") if self.spec.family.has_norm_bias else ("weight",)

@@ -188,6 +188,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "logits_scaling": 4.0,
         "tie_word_embeddings": False,
     },
+    "granitemoe": {
+        "model_type": "granitemoe",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 4.0,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+    },
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "tie_word_embeddings": True},
     "glm": {"model_type": "glm", "head_dim": 32, "attention_bias": True},
     "glm4": {"model_type": "glm4", "head_dim": 32, "attention_bias": True},
@@ -286,7 +295,7 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 
 _SHARED = (
     *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
-    *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo"),
+    *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
 """Models that do not share all of their attention with another one here."""
