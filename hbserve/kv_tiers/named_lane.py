@@ -29,6 +29,8 @@ from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
 
 _HALF_BYTES = 64 << 20
 """Bytes of one call of the tier: a store has much to do for each call."""
+_MIN_SPLIT_BYTES = 16 << 20
+"""Bytes of a job that is put in more than one call."""
 
 
 class _Caller:
@@ -79,7 +81,7 @@ class NamedLane(Lane):
         super()._make_buffers()
         value_bytes = self._block_bytes + sealed.SEAL_BYTES
         shape = 2, max(1, _HALF_BYTES // value_bytes), value_bytes
-        values = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        values = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         self._tier.register(values.view(-1, value_bytes))
         self._values = list(values)
 
@@ -98,8 +100,11 @@ class NamedLane(Lane):
 
     def _store(self, job: CopyJob, index: torch.Tensor, failures: dict[int, str]) -> list[int]:
         checksums: list[int] = []
-        for number, first in enumerate(range(0, len(index), len(self._values[0]))):
-            blocks = index[first : first + len(self._values[0])]
+        size = len(self._values[0])
+        if len(index) * self._block_bytes > _MIN_SPLIT_BYTES:
+            size = min(size, -(-len(index) // 2))  # so that there is something to gather during the first call
+        for number, first in enumerate(range(0, len(index), size)):
+            blocks = index[first : first + size]
             values = self._values[number % 2][: len(blocks)]
             found = self._move(job, blocks, values)
             names = self._names(job.command, first, len(blocks))

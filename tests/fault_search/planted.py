@@ -394,6 +394,7 @@ def a_block_with_a_wrong_checksum_is_used(patch: Patch) -> None:
 @_plant
 def a_late_load_is_waited_for_no_longer_but_keeps_its_blocks(patch: Patch) -> None:
     def expire_copies(self: RequestLifecycle) -> None:
+        self._lookups.expire()
         for load in self.tiers.expire():
             self._on_loaded(load)
 
@@ -467,7 +468,7 @@ FOUND_BY = {
     "what_a_lookup_has_found_is_believed": 100,
     "copies_of_tiers_do_not_pin": 288,
     "a_block_with_a_wrong_checksum_is_used": 1008,
-    "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 304,
+    "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 394,
     "steps_do_not_pin": 20,
     "transfers_do_not_pin": 39,
     "blocks_are_free_one_pin_early": 20,
