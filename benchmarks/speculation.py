@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -52,46 +53,50 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model = find_model(arguments.model)
     engine = engine_arguments(arguments, model)
     lines: list[dict[str, Any]] = []
-    if arguments.draft_model is not None:
-        return _run_draft_model(arguments, str(model), engine, lines)
     _print_heads()
+    plain = {}
     with LLM(str(model), **engine) as llm:
         rng = random.Random(arguments.seed)
         _warm_up(llm)
-        for batch in arguments.batch:
-            prompts, plain = _requests(rng, llm, batch, arguments)
-            expected, base = _generate(llm, prompts, plain)
-            _show(lines, {"batch": batch, "acceptance": None} | base, base, 1.0)
-            for acceptance in arguments.acceptance:
-                vocab_size = llm._llm.engine.vocab_size
-                predicted = [
-                    msgspec.structs.replace(one, prediction=_guesses(rng, output, acceptance, vocab_size))
-                    for one, output in zip(plain, expected, strict=True)
-                ]
-                outputs, found = _generate(llm, prompts, predicted)
-                _show(lines, {"batch": batch, "acceptance": acceptance} | found, base, _equal(outputs, expected))
-        return _result(arguments, llm, model.name, engine, lines)
-
-
-def _run_draft_model(
-    arguments: argparse.Namespace, model: str, engine: dict[str, Any], lines: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Measure a system without drafts, and then one with a draft model that is right as often as wanted."""
-    _print_heads()
-    plain = {}
-    with LLM(model, **engine) as llm:
-        _warm_up(llm)
-        rng = random.Random(arguments.seed)
         for batch in arguments.batch:
             prompts, sampling = _requests(rng, llm, batch, arguments)
             expected, base = _generate(llm, prompts, sampling)
             plain[batch] = prompts, sampling, expected, base
             _show(lines, {"batch": batch, "acceptance": None} | base, base, 1.0)
+            for acceptance in arguments.acceptance:
+                vocab_size = llm._llm.engine.vocab_size
+                predicted = [
+                    msgspec.structs.replace(one, prediction=_guesses(rng, output, acceptance, vocab_size))
+                    for one, output in zip(sampling, expected, strict=True)
+                ]
+                outputs, found = _generate(llm, prompts, predicted)
+                _show(lines, {"batch": batch, "acceptance": acceptance} | found, base, _equal(outputs, expected))
+        device = next(iter(llm.get_system_stats()["gpu_instances"].values()))["device"]
+    if arguments.draft_model is not None:
+        print(f"with the draft model {arguments.draft_model}", flush=True)
+        _run_draft_model(arguments, str(model), engine, plain, lines)
+    result = {"model": model.name, "device": device, "engine": engine, "lines": lines}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _run_draft_model(
+    arguments: argparse.Namespace,
+    model: str,
+    engine: dict[str, Any],
+    plain: dict[int, tuple[list[list[int]], list[SamplingParams], list[list[int]], dict[str, float]]],
+    lines: list[dict[str, Any]],
+) -> None:
+    """Measure a system with a draft model that is right as often as wanted.
+
+    Args:
+        plain: by batch, prompts, sampling, outputs, and what was measured without drafts.
+    """
     with tempfile.TemporaryDirectory() as folder:
         forced = Path(folder) / "forced.json"
         os.environ["HBSERVE_FORCED_DRAFTS"] = str(forced)
-        paths = [str(Path(__file__).parent / "forced_drafts"), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        sys.path.insert(0, str(Path(__file__).parent / "forced_drafts"))  # child processes get it as their PYTHONPATH
         forced.write_text(json.dumps({"acceptance": 0.0, "prompt_tokens": 0, "outputs": {}}))
         engine = engine | {"speculation_method": "draft_model"}
         draft_model = str(find_model(arguments.draft_model))
@@ -103,9 +108,8 @@ def _run_draft_model(
                     known = {"acceptance": acceptance, "prompt_tokens": arguments.prompt_tokens, "outputs": outputs}
                     forced.write_text(json.dumps(known))
                     found_outputs, found = _generate(llm, prompts, sampling)
-                    line = {"batch": batch, "acceptance": acceptance} | found
+                    line = {"batch": batch, "acceptance": acceptance, "draft_model": arguments.draft_model} | found
                     _show(lines, line, base, _equal(found_outputs, expected))
-            return _result(arguments, llm, Path(model).name, engine | {"draft_model": arguments.draft_model}, lines)
 
 
 def _print_heads() -> None:
@@ -129,16 +133,6 @@ def _requests(
     ]
     _generate(llm, prompts, [msgspec.structs.replace(one, max_tokens=1) for one in sampling])
     return prompts, sampling
-
-
-def _result(
-    arguments: argparse.Namespace, llm: LLM, model: str, engine: dict[str, Any], lines: list[dict[str, Any]]
-) -> dict[str, Any]:
-    device = next(iter(llm.get_system_stats()["gpu_instances"].values()))["device"]
-    result = {"model": model, "device": device, "engine": engine, "lines": lines}
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    return result
 
 
 def _guesses(rng: random.Random, output: list[int], acceptance: float, vocab_size: int) -> list[int]:

@@ -157,6 +157,10 @@ class ModelRunner:
             *(self.num_blocks, self.layout.block_size, self.max_model_len, backend.name),
         )
 
+    def end_tokens_of(self, slot: int) -> list[int]:
+        """Return the tokens that end the output of a slot's sequence."""
+        return self._table.end_token_ids[slot]
+
     @property
     def grammars(self) -> GrammarTable:
         """Grammars of the sequences."""

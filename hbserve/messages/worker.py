@@ -69,6 +69,7 @@ class PlanRow(Value, frozen=True):
             of them, too, as if all guesses before it were right. They may be `TO_BE_DRAFTED`.
         unread: known tokens at positions ``unread_start ..`` that the draft model reads before it guesses anything; of
             a row whose guesses are to be drafted, those before ``start``. None: there are none.
+        ahead: guesses of the tokens after ``token_ids``, for later rounds; see `StepPlan`.
     """
 
     slot: int
@@ -82,6 +83,7 @@ class PlanRow(Value, frozen=True):
     num_drafts: int = 0
     unread: list[int] | None = None
     unread_start: int = 0
+    ahead: list[int] = msgspec.field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
@@ -113,6 +115,8 @@ class StepPlan(Message, frozen=True):
         cell: the board's cell to mark when the step is done; None: no worker looks at it.
         after: another worker's step that must be done before this one begins.
         is_probe: it belongs to no request; only its duration is of interest.
+        rounds: how often the step may be done, at most, each time behind the tokens that it has brought; see
+            `hbserve.speculation.rounds`.
     """
 
     epoch: int
@@ -124,6 +128,7 @@ class StepPlan(Message, frozen=True):
     cell: int | None = None
     after: StepRef | None = None
     is_probe: bool = False
+    rounds: int = 1
 
 
 class StepLost(Message, frozen=True):
@@ -193,7 +198,7 @@ class Superseded(Message, frozen=True):
 
 
 class StepResult(Message, frozen=True):
-    """Result of one step.
+    """Result of one step, or of one round of it.
 
     Attributes:
         token_ids: sampled tokens, `PlanRow.num_samples` for each plan row, in the plan's order; `NO_TOKEN` if the row
@@ -207,6 +212,7 @@ class StepResult(Message, frozen=True):
         error: the step failed; the worker exits after this message.
         row_errors: why sequences can get no token any more, by index in ``token_ids``.
         expert_tokens: per layer and expert, how many tokens it has computed since the last report; now and then.
+        more: another round follows, with a result of its own.
         draft_ids: the guesses that the draft model has made, `PlanRow.num_to_draft` for each row, in the plan's order.
     """
 
@@ -222,6 +228,7 @@ class StepResult(Message, frozen=True):
     row_errors: dict[int, str] | None = None
     expert_tokens: list[list[int]] | None = None
     draft_s: float = 0.0
+    more: bool = False
     draft_ids: list[int] = msgspec.field(default_factory=list)
 
 

@@ -24,6 +24,7 @@ _NUM_LATE = 3
 _MIN_SAMPLES = 16
 _MIN_LEAD_S = 3e-3
 _FIRST_GAP_S = 1e-3
+_FIRST_ROUND_GAP_S = 0.3e-3
 _MAX_GAP_S = 0.1
 _GAP_RATE = 0.1
 _DRAFT_RATE, _FASTER_DRAFT_RATE = 0.1, 0.5
@@ -39,6 +40,7 @@ class _Step(msgspec.Struct, eq=False):
     Attributes:
         begin: when it was expected to begin; None if its plan came to an idle worker.
         after_result: its plan was made as soon as the last result came, and not before.
+        is_repeated: it has done a round and does another one.
     """
 
     work: StepWork | None
@@ -46,6 +48,7 @@ class _Step(msgspec.Struct, eq=False):
     planned_at: float
     begin: float | None
     after_result: bool = False
+    is_repeated: bool = False
 
 
 class DispatchTimer:
@@ -63,12 +66,14 @@ class DispatchTimer:
 
     Attributes:
         gap_s: time that the device idles between two steps if the plan of the second waits for the first one's result.
+        round_gap_s: the same between two rounds of a step, which wait for no plan.
         draft_s: time of a forward pass of the draft model; 0: none has been seen.
     """
 
     def __init__(self, predictor: StepTimePredictor | None = None, predecessor: DispatchTimer | None = None) -> None:
         self.predictor = predictor or StepTimePredictor()
         self.gap_s: float = _FIRST_GAP_S if predecessor is None else predecessor.gap_s
+        self.round_gap_s = _FIRST_ROUND_GAP_S
         self.draft_s: float = 0.0 if predecessor is None else predecessor.draft_s
         self._steps: deque[_Step] = deque()
         self._needed_leads_s: deque[float] = deque(
@@ -97,17 +102,25 @@ class DispatchTimer:
         self._due = end - self._lead_s
         return wait_s
 
-    def on_planned(self, work: StepWork | None, now: float, not_before: float = -math.inf, num_passes: int = 0) -> None:
+    def on_planned(
+        self,
+        work: StepWork | None,
+        now: float,
+        not_before: float = -math.inf,
+        num_passes: int = 0,
+        rounds: int = 1,
+    ) -> None:
         """Note that a plan has been sent.
 
         Args:
             work: None if its duration cannot be predicted.
             not_before: expected end of the step of another worker that this one waits for.
             num_passes: forward passes of the draft model before the step.
+            rounds: how often it may be done.
         """
         seconds = 0.0 if work is None else self.predictor.seconds(work)
         if seconds:
-            seconds += num_passes * self.draft_s
+            seconds = rounds * (seconds + num_passes * self.draft_s)
         # If the scheduler made a plan later than this timer said, the lead is not to blame.
         planned_at = now if self._due is None else min(now, self._due)
         begin = self.expected_end()
@@ -119,6 +132,23 @@ class DispatchTimer:
         self._steps.append(_Step(work, seconds, planned_at, begin, after_result))
         self._due = self._overtaken = None
 
+    def on_round(self, busy_s: float, early_s: float) -> None:
+        """Note that a round of the oldest step in flight has ended, and another one has begun."""
+        step = self._steps[0]
+        self._note_gap(step, early_s)
+        step.is_repeated = True
+        if step.work is not None and busy_s > 0:
+            self.predictor.observe(step.work, busy_s)
+
+    def _note_gap(self, step: _Step, early_s: float) -> None:
+        idle_s = min(-early_s, _MAX_GAP_S)
+        if step.is_repeated:
+            self.round_gap_s += _GAP_RATE * (max(idle_s, 0.0) - self.round_gap_s)
+        elif step.after_result and idle_s > 0:
+            self.gap_s += _GAP_RATE * (idle_s - self.gap_s)
+        else:
+            self.gap_s *= _GAP_FADING
+
     def on_confirmed(self, now: float, busy_s: float, early_s: float) -> None:
         """Note that the oldest step in flight has ended; ``busy_s`` and ``early_s`` are those of its `StepResult`."""
         # If a plan still waits for this end, the expected end says by how much the prediction was wrong.
@@ -128,10 +158,7 @@ class DispatchTimer:
         if step.begin is not None:
             self._needed_leads_s.append(step.begin - step.planned_at - early_s)
             self._lead_s = None
-        if step.after_result and early_s < 0:
-            self.gap_s += _GAP_RATE * (min(-early_s, _MAX_GAP_S) - self.gap_s)
-        else:
-            self.gap_s *= _GAP_FADING
+        self._note_gap(step, early_s)
         if step.work is not None and busy_s > 0:
             self.predictor.observe(step.work, busy_s)
 

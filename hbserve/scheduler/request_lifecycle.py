@@ -40,7 +40,7 @@ from hbserve.scheduler.transfer import Transfer
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.speculation import Draft, PredictionDrafter, Speculation
-from hbserve.speculation.speculator import accepted_tokens
+from hbserve.speculation.rounds import accepted_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ class RequestLifecycle:
             draft = row.draft
             if draft is not None and draft.num_to_draft:
                 made = [*islice(draft_ids, draft.num_to_draft)]
-                draft = draft.made(made, len(sequence.tokens)) if counts else draft
+                draft = draft.made(made, sequence.tokens) if counts else draft
             if counts and prompt_logprobs is not None:
                 self._on_prompt_logprobs(sequence, row.start, prompt_logprobs)
             if counts and row.samples and token_ids[index] == NO_TOKEN:
@@ -295,8 +295,13 @@ class RequestLifecycle:
                         last_token_times.append(sequence.last_token_time)
                     sequence.last_token_time = now
                     self._on_token(sequence, allocation, token_ids[index], logprobs[index] if logprobs else None)
-            index += row.samples if row.draft is None else row.num_samples
-            allocation.end_row(row)
+            end = index + (row.samples if row.draft is None else row.num_samples)
+            if result.more:
+                assert draft is not None, "a row of a step with rounds has a draft, perhaps an empty one"
+                row.begin_round(draft, len(accepted_tokens(draft.token_ids, token_ids[index:end])))
+            else:
+                allocation.end_row(row)
+            index = end
         num_tokens = len(last_token_times) + num_batch_tokens
         worker.work.num_tokens += num_tokens
         self.counts["generated_tokens"] += num_tokens
@@ -340,7 +345,7 @@ class RequestLifecycle:
         allocation.num_planned, allocation.is_drafting = row.start + len(token_ids), False
         if row.num_to_draft:  # its last guess has gone through no pass of the draft model
             allocation.num_read = row.start + min(len(token_ids), row.num_to_draft)
-        self.counts[f"drafts_{draft.drafter}"] += 1
+        self.counts[f"drafts_{draft.drafter}"] += bool(draft.token_ids)
         self.counts[f"drafted_{draft.drafter}"] += len(draft.token_ids)
         self.counts[f"accepted_{draft.drafter}"] += num_accepted
         tried = num_accepted, len(draft.token_ids) - num_accepted

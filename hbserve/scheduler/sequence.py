@@ -89,6 +89,17 @@ class InflightRow(msgspec.Struct, eq=False):
         """Number of guesses that its worker's draft model makes."""
         return 0 if self.draft is None else self.draft.num_to_draft
 
+    def begin_round(self, draft: Draft, num_tokens: int) -> None:
+        """Go on behind the tokens that the row has brought, as its worker does (`hbserve.speculation.rounds`).
+
+        Args:
+            draft: of the round that has ended, with its guesses.
+        """
+        self.start += num_tokens
+        self.end += num_tokens
+        self.draft = draft.after(num_tokens)
+        self.allocation.num_planned, self.allocation.is_drafting = self.end, True
+
 
 class InflightStep(msgspec.Struct, eq=False):
     """A step that has been sent and not confirmed.
@@ -96,6 +107,7 @@ class InflightStep(msgspec.Struct, eq=False):
     Attributes:
         num_samples: tokens that it samples.
         num_to_draft: guesses that its worker's draft model makes; has_unread: the draft model also reads a prompt.
+        rounds: how often it may be done.
         num_scores: of how many tokens it reports log-probabilities, for each prompt of which it does.
         work: of all its rows; None: it has none.
         beside_decode: of a prefill step: decode steps may run at the same time; `WorkerChoice` sets it.
@@ -108,6 +120,7 @@ class InflightStep(msgspec.Struct, eq=False):
     num_samples: int = 0
     num_to_draft: int = 0
     has_unread: bool = False
+    rounds: int = 1
     num_scores: list[int] = []
     prefill_rows: int = 0
     prefill_tokens: int = 0

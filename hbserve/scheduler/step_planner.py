@@ -23,14 +23,21 @@ from hbserve.scheduler.worker import WorkerHandle, phases_of
 from hbserve.scheduler.worker_choice import StepLimit
 from hbserve.speculation import Draft
 from hbserve.speculation.choice import Candidate, Way, choose
+from hbserve.speculation.rounds import MAX_ROUNDS
 from hbserve.speculation.speculator import Record
 
 logger = logging.getLogger(__name__)
 
 _MAX_LAYER_GROUPS = 4
 """Layer groups of all last chunks in a step."""
-_MAX_UNREAD_TOKENS = 1024
+_MAX_ROUNDS_S, _MIN_ROUND_S = 16e-3, 0.1e-3
+"""Time that all rounds of a step take together; a prompt that comes meanwhile waits for them."""
+_MAX_ROUNDS_SHARE = 0.05
+"""The same as a part of the tightest TTFT target."""
+_MAX_UNREAD_TOKENS = 2048
 """Tokens that the draft model reads in a step, of all sequences: of a prompt, about a tenth would take as long."""
+_SHORT_READ, _MAX_READ_PER_TOKEN = 16, 16
+"""Tokens that the draft model always reads, and how many more for each token that is left of a sequence's output."""
 _NO_DRAFT = Draft([], "", Record())
 _Allocations = list[tuple[Sequence, KVAllocation]]
 
@@ -81,7 +88,9 @@ class StepPlanner:
         if InstanceRole.DECODE in phases and limit.takes_decodes:
             # What prompts may take is shared with drafts: half of it is theirs.
             limit_s = limit.seconds if InstanceRole.PREFILL in phases and instance.prompts else math.inf
-            if not self._plan_decodes(step, instance, others, limit_s=limit_s):
+            may_repeat = not (instance.prompts or batch or worker.inflight) and worker.cell is None
+            max_rounds_s = min(_MAX_ROUNDS_S, _MAX_ROUNDS_SHARE * self._policy.tightest_ttft_s) if may_repeat else 0.0
+            if not self._plan_decodes(step, instance, others, None, limit_s, max_rounds_s):
                 return False
             has_decodes = bool(step.rows)
         if InstanceRole.PREFILL in phases:
@@ -104,16 +113,20 @@ class StepPlanner:
         allocations: _Allocations,
         max_rows: int | None = None,
         limit_s: float = math.inf,
+        max_rounds_s: float = 0.0,
     ) -> bool:
         """Plan the decoding sequences; False: none of them may be in a step before a result is known.
 
         Args:
             limit_s: how long the step may take with the prompts that wait for it; infinity: none does.
+            max_rounds_s: how long all rounds of the step together may take.
         """
         decoding = self._decoding(step, instance, allocations)[:max_rows]
-        drafts = self._choose_drafts(step, instance, decoding, limit_s)
+        drafts = self._choose_drafts(step, instance, decoding, limit_s, max_rounds_s)
         if drafts is None:
             return False
+        if step.rounds > 1:
+            step.rounds = min(self._max_rounds(instance, item, step.rounds, drafts.get(item[0])) for item in decoding)
         for sequence, allocation in decoding:
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
@@ -124,7 +137,12 @@ class StepPlanner:
         return True
 
     def _choose_drafts(
-        self, step: _StepBuilder, instance: InstanceHandle, decoding: _Allocations, limit_s: float
+        self,
+        step: _StepBuilder,
+        instance: InstanceHandle,
+        decoding: _Allocations,
+        limit_s: float,
+        max_rounds_s: float,
     ) -> dict[Sequence, Draft | None] | None:
         """Choose which sequences get a draft in this step, and which wait for one.
 
@@ -141,6 +159,8 @@ class StepPlanner:
             assert sequence.speculator is not None
             position, tokens = allocation.num_planned, sequence.tokens
             draft = sequence.speculator.draft(tokens, sequence.max_total_tokens - position - 2)
+            if draft is not None and draft.num_to_draft and not _pays_to_read(sequence, allocation):
+                draft = None
             if draft is not None:
                 is_late = instance.choice.is_late(sequence, allocation)
                 candidates.append(Candidate(draft, position, position < len(tokens), is_late))
@@ -153,7 +173,14 @@ class StepPlanner:
         if limit_s < math.inf:
             step_s = timing.predictor.seconds(work)
             limit_s = step_s + max(limit_s - step_s, 0.0) / 2
-        way, lengths = choose(candidates, work, timing.predictor, timing.gap_s, max_rows, timing.draft_s, limit_s)
+        gap_s, rounds = timing.gap_s, 1
+        if max_rounds_s and all(allocation.num_planned < len(sequence.tokens) for sequence, allocation in decoding):
+            rounds = int(max_rounds_s / max(timing.predictor.seconds(work), _MIN_ROUND_S))
+            rounds = max(1, min(rounds, MAX_ROUNDS))
+            gap_s = (gap_s + (rounds - 1) * timing.round_gap_s) / rounds
+        way, lengths = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, limit_s)
+        if way is Way.WHOLE:
+            step.rounds = rounds
         drafts: dict[Sequence, Draft | None] = {}
         for sequence, candidate, length in zip(sequences, candidates, lengths, strict=True):
             if length and not candidate.is_known:
@@ -163,6 +190,21 @@ class StepPlanner:
             elif length:
                 drafts[sequence] = candidate.draft.first(length)
         return drafts
+
+    def _max_rounds(
+        self, instance: InstanceHandle, item: tuple[Sequence, KVAllocation], rounds: int, draft: Draft | None
+    ) -> int:
+        """Return how many rounds a sequence can do at most, and allocate blocks for them."""
+        sequence, allocation = item
+        position, length = allocation.num_planned, 1 if draft is None else 1 + len(draft.token_ids)
+        rounds = min(rounds, (sequence.max_total_tokens - 1 - position) // length)
+        if draft is not None and not draft.num_to_draft:
+            rounds = min(rounds, 1 + len(draft.ahead) // length)
+        elif draft is not None and position - allocation.num_read > 1:
+            return 1  # the draft model reads first
+        if rounds <= 1 or position // allocation.pool.block_size >= len(allocation.block_ids):
+            return 1
+        return max(1, (1 + self._room_for_draft(instance, allocation, rounds * length - 1)) // length)
 
     def _decoding(self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations) -> _Allocations:
         worker, can_take = step.worker, instance.choice.can_take
@@ -287,6 +329,7 @@ class StepPlanner:
             rows=step.inflight,
             num_samples=step.num_samples,
             num_to_draft=step.num_to_draft,
+            rounds=step.rounds,
             has_unread=step.unread_tokens > len(step.rows),
             num_scores=step.num_scores,
             prefill_rows=step.prefill_rows,
@@ -307,6 +350,7 @@ class StepPlanner:
                 cell=worker.cell,
                 after=after,
                 is_probe=inflight.is_probe,
+                rounds=step.rounds,
             )
         )
         if role is not worker.prepared_for:
@@ -352,7 +396,8 @@ class StepPlanner:
             token_ids = [sequence.tokens[position], *draft.token_ids]
             step.add(sequence, allocation, token_ids, len(token_ids), samples=True, draft=draft)
         else:
-            step.add(sequence, allocation, [sequence.tokens[position]] if known else None, 1, samples=True)
+            last = [sequence.tokens[position]] if known else None
+            step.add(sequence, allocation, last, 1, samples=True, draft=_NO_DRAFT if step.rounds > 1 else None)
         step.decode_keys += position
 
     def _read(self, step: _StepBuilder, sequence: Sequence, allocation: KVAllocation, draft: Draft) -> Draft:
@@ -437,6 +482,13 @@ class StepPlanner:
         return True
 
 
+def _pays_to_read(sequence: Sequence, allocation: KVAllocation) -> bool:
+    """Whether a sequence has enough tokens left to be worth what the draft model must read of it first."""
+    unread = allocation.num_planned - allocation.num_read
+    left = sequence.max_total_tokens - allocation.num_planned
+    return unread <= _SHORT_READ or left >= max(_SHORT_READ, unread / _MAX_READ_PER_TOKEN)
+
+
 @dataclass(frozen=True, slots=True)
 class _Leaving:
     """Blocks of a prompt that are final after a step, and their target; ``is_last``: the prompt is then computed."""
@@ -467,6 +519,7 @@ class _StepBuilder:
         self.inflight: list[InflightRow] = []
         self.num_tokens = self.num_samples = self.num_drafts = self.num_to_draft = 0
         self.unread_tokens = 0
+        self.rounds = 1
         self._unread: list[int] | None = None
         self.num_scores: list[int] = []
         self.prefill_rows = 0
@@ -513,6 +566,7 @@ class _StepBuilder:
                 next_token_ids=next_token_ids,
                 unread=self._unread,
                 unread_start=0 if self._unread is None else allocation.num_read - len(self._unread),
+                ahead=draft.ahead if draft is not None and self.rounds > 1 else [],
             )
         )
         self._unread = None

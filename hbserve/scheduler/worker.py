@@ -139,7 +139,7 @@ class WorkerHandle:
     def begin_step(self, step: InflightStep, now: float, not_before: float) -> None:
         """A step is on its way; for ``not_before`` see `DispatchTimer.on_planned`."""
         self.inflight.append(step)
-        self.timing.on_planned(step.work, now, not_before, step.num_passes)
+        self.timing.on_planned(step.work, now, not_before, step.num_passes, step.rounds)
 
     def misfit(self, result: StepResult) -> str | None:
         """Return why a result is not that of the worker's next step; None: it is. Workers answer in order."""
@@ -155,14 +155,16 @@ class WorkerHandle:
             return (
                 f"it answered step {step.step_id} with {len(result.draft_ids)} guesses instead of {step.num_to_draft}"
             )
+        if result.more and step.rounds <= 1:
+            return f"it answered step {step.step_id} with a round too many"
         is_whole = result.logprobs is None or len(result.logprobs) == num_tokens
         if not is_whole or step.num_scores != [len(tokens) for tokens in result.prompt_logprobs or ()]:
             return f"it answered step {step.step_id} with other log-probabilities than were asked for"
         return None
 
     def end_step(self, result: StepResult, now: float) -> InflightStep:
-        """Confirm and return the oldest step in flight."""
-        step = self.inflight.popleft()
+        """Confirm and return the oldest step in flight, or a round of it: it then stays in flight."""
+        step = self.inflight[0] if result.more else self.inflight.popleft()
         assert step.step_id == result.step_id, "a worker answers in order"
         self.work.num_steps += 1
         self.work.busy_s += result.busy_s
@@ -170,9 +172,13 @@ class WorkerHandle:
         self.work.add_expert_tokens(result.expert_tokens or [])
         if step.rows:
             self.last_step_s = result.busy_s
-        if not step.has_unread:
-            self.timing.on_drafted(result.draft_s / max(step.num_passes, 1))
-        self.timing.on_confirmed(now, result.busy_s - result.draft_s, result.early_s)
+        num_passes = step.num_passes
+        if not (step.has_unread or (result.draft_s and not num_passes)):  # reading says nothing of a pass for guesses
+            self.timing.on_drafted(result.draft_s / max(num_passes, 1))
+        if result.more:
+            self.timing.on_round(result.busy_s - result.draft_s, result.early_s)
+        else:
+            self.timing.on_confirmed(now, result.busy_s - result.draft_s, result.early_s)
         return step
 
     def drop_steps(self) -> list[InflightStep]:

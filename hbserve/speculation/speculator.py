@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from hbserve.config import SpeculationConfig
 from hbserve.messages.client import AddRequest
+from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.speculation.drafters import Drafter, ModelDrafter, NgramDrafter, PredictionDrafter
+from hbserve.speculation.rounds import MAX_ROUNDS, next_guesses
 from hbserve.speculation.suffixes import OutputPools, SuffixDrafter
 
 _FIRST_ACCEPTANCE_OF_MODEL = 0.75
@@ -25,21 +27,6 @@ _FORGETTING = 0.01
 """Part of what all sequences have shown that a new one forgets: a drafter that was wrong is tried again some time."""
 _FORGETTING_OF_MODEL = 2e-4
 """The same for each sequence and step without a guess of the draft model."""
-
-
-def accepted_tokens(draft: Items[int], sampled: Items[int]) -> list[int]:
-    """Return the tokens that a row with a draft has brought.
-
-    The sampling noise depends on seed and position alone. So a sampled token is the sequence's own if and only if all
-    tokens before it are. The token after the last right draft token is always one of them.
-
-    Args:
-        draft: k tokens. sampled: k + 1 tokens, the i-th at the place of draft token i.
-    """
-    for index, token in enumerate(draft):
-        if sampled[index] != token:
-            return list(sampled[: index + 1])
-    return list(sampled)
 
 
 @dataclass(slots=True)
@@ -116,11 +103,15 @@ class Draft:
     """Guessed tokens, and the name and the record of the drafter that made them.
 
     The guesses of a draft model are `TO_BE_DRAFTED` until the step's result is there.
+
+    Attributes:
+        ahead: guesses of the tokens after these, for later rounds (`hbserve.speculation.rounds`).
     """
 
     token_ids: list[int]
     drafter: str
     record: Record
+    ahead: list[int] = field(default_factory=list)
 
     @property
     def num_to_draft(self) -> int:
@@ -129,11 +120,20 @@ class Draft:
 
     def first(self, num_tokens: int) -> Draft:
         """Return the draft, cut to so many tokens."""
-        return Draft(self.token_ids[:num_tokens], self.drafter, self.record)
+        ahead = [*self.token_ids[num_tokens:], *self.ahead]
+        return Draft(self.token_ids[:num_tokens], self.drafter, self.record, ahead)
 
-    def made(self, token_ids: list[int], num_known: int) -> Draft:
-        """Return the draft with a draft model's guesses of the tokens after the sequence's first ``num_known``."""
-        self.record.guess, self.record.num_known = token_ids, num_known
+    def after(self, num_tokens: int) -> Draft:
+        """Return the draft of the next round, behind so many tokens that this one has brought."""
+        if self.num_to_draft:
+            return Draft([TO_BE_DRAFTED] * self.num_to_draft, self.drafter, self.record)
+        token_ids, ahead = next_guesses(self.token_ids, self.ahead, num_tokens)
+        return Draft(token_ids, self.drafter, self.record, ahead)
+
+    def made(self, token_ids: list[int], tokens: Items[int]) -> Draft:
+        """Return the draft with a draft model's guesses of the tokens after ``tokens``, the sequence's so far."""
+        self.record.settle(tokens)
+        self.record.guess, self.record.num_known = token_ids, len(tokens)
         return Draft(token_ids, self.drafter, self.record)
 
 
@@ -155,19 +155,20 @@ class Speculator:
             for drafter in drafters
         ]
         self._max_draft_tokens = max_draft_tokens
+        self._max_guesses = MAX_ROUNDS * (max_draft_tokens + 1)
 
     def draft(self, tokens: Items[int], max_tokens: int) -> Draft | None:
         """Guess the tokens after ``tokens``, the sequence's so far; None: no drafter has a guess."""
         best: Draft | None = None
         for drafter, record in self._drafters:
             record.settle(tokens)
-            guess = drafter.draft(tokens, self._max_draft_tokens)
+            guess = drafter.draft(tokens, self._max_guesses)
             if drafter.name != ModelDrafter.name:
-                record.guess, record.num_known = guess, len(tokens)
+                record.guess, record.num_known = guess[: self._max_draft_tokens], len(tokens)
             elif not record.guess:  # what a draft model would guess is known only if it does
                 record.of_all.forget(_FORGETTING_OF_MODEL)
             if guess and max_tokens > 0 and (best is None or record.acceptance > best.record.acceptance):
-                best = Draft(guess[:max_tokens], drafter.name, record)
+                best = Draft(guess, drafter.name, record).first(min(max_tokens, self._max_draft_tokens))
         return best
 
 

@@ -41,6 +41,12 @@ class StepDone(NamedTuple):
     result: StepResult
 
 
+class RoundDone(NamedTuple):
+    """A round of a step is done, and another one is under way."""
+
+    result: StepResult
+
+
 class StepFailed(NamedTuple):
     """A step has failed. The device is in an unknown state, so no step is launched after it."""
 
@@ -84,7 +90,7 @@ class RankFailed(NamedTuple):
     reply: StepResult | InstanceFailed
 
 
-StepEvent = LayersStored | StepDone | StepFailed
+StepEvent = LayersStored | RoundDone | StepDone | StepFailed
 RankEvent = StepEvent | StepsEnded | TransferReplied | BlocksCopied | StepLost | TransferCommand | TierCommand
 """What the event loop of every rank handles."""
 WorkerEvent = RankEvent | StepDropped | RankFailed | StepPlan | Shutdown | ReportEvent | FindBlocks | FoundBlocks

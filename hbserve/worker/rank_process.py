@@ -30,6 +30,7 @@ from hbserve.worker.events import (
     EventQueue,
     LayersStored,
     RankEvent,
+    RoundDone,
     StepDone,
     StepFailed,
     StepsEnded,
@@ -131,6 +132,8 @@ class RankWorker:
 
     def _on_event(self, event: RankEvent) -> None:
         match event:
+            case RoundDone():
+                pass  # rank 0 reports it
             case StepDone(plan):
                 self._num_done += 1
                 self._step_done.set()

@@ -18,7 +18,8 @@ import msgspec
 import torch
 
 from hbserve.messages.worker import StepPlan, StepRef
-from hbserve.worker.events import LayersStored, StepDone, StepEvent, StepFailed
+from hbserve.speculation.rounds import next_round
+from hbserve.worker.events import LayersStored, RoundDone, StepDone, StepEvent, StepFailed
 
 if TYPE_CHECKING:
     from hbserve.engine.model_runner import ModelRunner, PendingStep
@@ -127,6 +128,7 @@ class _LaunchedStep(NamedTuple):
     host_s: float
     progress: LayerProgress | None
     entry: BoardEntry | None
+    more: bool
 
 
 class StepPipeline:
@@ -135,7 +137,8 @@ class StepPipeline:
     On a GPU a result comes later than the launch returns.
 
     Args:
-        post: called in either thread with what happens to a step: `StepDone` in the order of the plans, `LayersStored`
+        post: called in either thread with what happens to a step: `StepDone` in the order of the plans, `RoundDone`
+            before it for all rounds of a step but the last, `LayersStored`
             for plans whose ``sends`` are of groups of layers, `StepFailed` at most once in each thread.
     """
 
@@ -172,10 +175,19 @@ class StepPipeline:
                 pending = runner.launch(plan, progress.stored)
             else:
                 pending = runner.launch(plan)
-            host_s = time.perf_counter() - began
             entry = None if runner.board is None else runner.board.entry(plan)
             self._num_launched += 1
-            self._launched.put(_LaunchedStep(plan, pending, waited_s, host_s, progress, entry))
+            following = plan
+            while True:
+                host_s = time.perf_counter() - began
+                # waits for the device: the next round's plan depends on this one's tokens
+                after = next_round(following, pending.result(), runner.end_tokens_of) if following.rounds > 1 else None
+                more = after is not None
+                self._launched.put(_LaunchedStep(plan, pending, waited_s, host_s, progress, entry, more))
+                if after is None:
+                    break
+                following, began, waited_s = after, time.perf_counter(), 0.0
+                pending = runner.launch(following)
         except Exception as error:
             self._fail(plan, error)
             return False
@@ -189,7 +201,7 @@ class StepPipeline:
     def _collect(self) -> None:
         last_end = math.inf
         while (step := self._launched.get()) is not None:
-            plan, pending, waited_s, host_s, progress, entry = step
+            plan, pending, waited_s, host_s, progress, entry, more = step
             try:
                 if progress is not None:
                     progress.wait()
@@ -209,8 +221,12 @@ class StepPipeline:
             last_end = end
             if progress is not None:
                 progress.finish()
+            result = msgspec.structs.replace(result, host_s=host_s, early_s=early_s, more=more)
+            if more:
+                self._post(RoundDone(result))
+                continue
             self._num_done += 1
-            self._post(StepDone(plan, msgspec.structs.replace(result, host_s=host_s, early_s=early_s)))
+            self._post(StepDone(plan, result))
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         logger.error("step %d failed", plan.step_id, exc_info=error)

@@ -282,6 +282,8 @@ class WorkerProcess:
 
     def _on_event(self, event: events.WorkerEvent) -> None:
         match event:
+            case events.RoundDone(result):
+                self._rpc.send(result)
             case events.StepDone(plan, result):
                 self._serves_as = plan.role or self._serves_as
                 self._rpc.send(result)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hbserve.config import InstanceRole
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.tiers import FindBlocks, LoadBlocks, StoreBlocks
@@ -29,7 +31,7 @@ from hbserve.messages.worker import (
     WantsToLeave,
 )
 from hbserve.sampling_params import SamplingParams
-from hbserve.speculation.speculator import accepted_tokens
+from hbserve.speculation.rounds import accepted_tokens, next_round
 from tests.fault_search.memory import MAX_RANKS, NOTHING, NUM_LAYERS, Arena, kv_of, next_token, score_of
 from tests.fault_search.scenario import BLOCK_BYTES, BLOCK_SIZE, HEARTBEAT_TIMEOUT_S, VOCAB_SIZE
 from tests.fault_search.tiers import Copies, HostMemory
@@ -295,7 +297,11 @@ class Worker(Process):
             draft_ids=draft_ids,
             prompt_logprobs=[self._scores(row) for row in plan.rows if row.next_token_ids is not None] or None,
         )
-        self.after(self.world.rng.uniform(0.0, 0.003), lambda: self._finish(plan, result))
+        following = next_round(plan, result, lambda slot: self._slots[slot].end_token_ids)
+        if following is None:
+            self.after(self.world.rng.uniform(0.0, 0.003), lambda: self._finish(plan, result))
+        else:
+            self.after(self.world.rng.uniform(0.0, 0.003), lambda: self._go_on(following, result))
 
     def _compute_row(self, row: PlanRow, draft_ids: list[int]) -> list[int]:
         slot = self._slots.get(row.slot)
@@ -364,6 +370,11 @@ class Worker(Process):
             TokenLogprobs(token=score_of(self.arena.read(table, position), token), top_ids=[], top=[])
             for position, token in enumerate(row.next_token_ids, row.start)
         ]
+
+    def _go_on(self, following: StepPlan, result: StepResult) -> None:
+        """Report a round and do the next one."""
+        self.send(msgspec.structs.replace(result, more=True))
+        self.after(self.world.rng.uniform(0.0005, self.world.scenario.max_step_s), lambda: self._compute(following))
 
     def _finish(self, plan: StepPlan, result: StepResult) -> None:
         self._running = None

@@ -26,8 +26,10 @@ class _AnyTiming(DispatchTimer):
             self._plan_at = now + self._random.uniform(0.0, LONGEST_WAIT_S)
         return max(0.0, self._plan_at - now)
 
-    def on_planned(self, work: StepWork | None, now: float, not_before: float = -math.inf, num_passes: int = 0) -> None:
-        super().on_planned(work, now, not_before, num_passes)
+    def on_planned(
+        self, work: StepWork | None, now: float, not_before: float = -math.inf, num_passes: int = 0, rounds: int = 1
+    ) -> None:
+        super().on_planned(work, now, not_before, num_passes, rounds)
         self._plan_at = None
 
 

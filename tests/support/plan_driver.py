@@ -13,7 +13,7 @@ from hbserve.engine.model_runner import ModelRunner, PendingStep
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.worker import NO_TOKEN, TO_BE_DRAFTED, PlanRow, SequenceState, StepPlan
 from hbserve.sampling_params import SamplingParams
-from hbserve.speculation.speculator import accepted_tokens
+from hbserve.speculation.rounds import accepted_tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=None)
 

@@ -10,7 +10,8 @@ from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.speculation import Draft, NgramDrafter, PredictionDrafter, Speculator, SuffixDrafter
 from hbserve.speculation.choice import Candidate, Way, choose
-from hbserve.speculation.speculator import Record, accepted_tokens
+from hbserve.speculation.rounds import accepted_tokens
+from hbserve.speculation.speculator import Record
 from hbserve.speculation.suffixes import OutputPools
 
 

@@ -1,0 +1,47 @@
+"""The next round of a step follows from the tokens of the one before, for the worker and for the scheduler alike."""
+
+from __future__ import annotations
+
+from hbserve.messages.worker import NO_TOKEN, TO_BE_DRAFTED, PlanRow, StepPlan, StepResult
+from hbserve.speculation import Draft
+from hbserve.speculation.rounds import next_round
+from hbserve.speculation.speculator import Record
+
+ROWS = [
+    PlanRow(0, 10, 3, [1, 2, 3], [7], True, num_drafts=2, ahead=[4, 5, 6]),
+    PlanRow(1, 20, 3, [9, TO_BE_DRAFTED, TO_BE_DRAFTED], [], True, num_drafts=2),
+    PlanRow(2, 30, 1, [50], [], True),
+]
+PLAN = StepPlan(epoch=1, step_id=5, rows=ROWS, new_sequences=[], sends=[], rounds=2)
+
+
+def result(*token_ids: int, draft_ids: tuple[int, ...] = (60, 61)) -> StepResult:
+    return StepResult(1, 5, list(token_ids), None, 0.001, draft_ids=list(draft_ids))
+
+
+def test_each_row_goes_on_behind_its_tokens() -> None:
+    # the first guess was right, and the token after it is another one; both of the draft model's guesses were right
+    following = next_round(PLAN, result(2, 8, 0, 60, 61, 62, 51), lambda slot: [])
+    assert following is not None
+    assert following.rounds == 1
+    assert following.rows == [
+        PlanRow(0, 12, 3, [8, 4, 5], [], True, num_drafts=2, unread_start=11, ahead=[6]),
+        PlanRow(1, 23, 3, [62, TO_BE_DRAFTED, TO_BE_DRAFTED], [], True, num_drafts=2, unread=[61], unread_start=22),
+        PlanRow(2, 31, 1, [51], [], True, unread_start=30),
+    ]
+    assert next_round(following, result(4, 5, 6, 0, 0, 0, 0), lambda slot: []) is None
+
+
+def test_the_scheduler_knows_the_guesses_of_the_next_round() -> None:
+    draft = Draft([2, 3], "ngram", Record(), [4, 5, 6])
+    assert (draft.after(2).token_ids, draft.after(2).ahead) == ([4, 5], [6])
+    assert (draft.after(3).token_ids, draft.after(3).ahead) == ([5, 6], [])
+    assert draft.after(3).after(3).token_ids == [0, 0]  # none are left, but rows keep their length
+    assert Draft([60, 61], "draft_model", Record()).after(1).token_ids == [TO_BE_DRAFTED] * 2
+
+
+def test_a_step_ends_where_a_sequence_ends_or_a_mask_is_missing() -> None:
+    assert next_round(PLAN, result(2, 3, 4, 60, 0, 0, 51), lambda slot: [99]) is not None
+    assert next_round(PLAN, result(2, 3, 99, 60, 0, 0, 51), lambda slot: [99]) is None
+    assert next_round(PLAN, result(2, 0, 99, 60, 0, 0, 51), lambda slot: [99]) is not None  # behind a wrong guess
+    assert next_round(PLAN, result(2, NO_TOKEN, NO_TOKEN, 60, 0, 0, 51), lambda slot: []) is None
