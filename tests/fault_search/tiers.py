@@ -9,14 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hbserve.messages.tiers import FindBlocks, FoundBlocks, LoadBlocks, StoreBlocks, TierCommand, TierInfo, TierResult
-from hbserve.scheduler.tiers import load_plan
 from tests.fault_search.memory import NOTHING
 from tests.fault_search.scenario import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from tests.fault_search.worker import Worker
 
-load_plan._MIN_GAIN_S = 0.0  # of a prompt that takes 2 ms a part may be computed while the rest is loaded, too
 _COPY_S = 0.0006
 """Time that the copy of a block is said to take: about as long as computing it."""
 

@@ -44,14 +44,18 @@ def choose(
 
 
 def test_an_idle_device_computes_the_beginning_while_the_end_is_loaded() -> None:
-    assert choose(runs((HOST, 100)), host_s=1 / 9) == [("host", 10, 100)]
-    assert choose(runs((HOST, 100), first=50), host_s=1 / 9) == [("host", 60, 150)]
+    assert choose(runs((HOST, 100)), host_s=2 / 3) == [("host", 40, 100)]
+    assert choose(runs((HOST, 100), first=50), host_s=2 / 3) == [("host", 90, 150)]
     assert choose(runs((HOST, 100)), host_s=1.0) == [("host", 50, 100)]
     assert choose(runs((HOST, 100)), host_s=9.0) == [("host", 90, 100)]
 
 
+def test_a_load_that_is_much_faster_is_not_split() -> None:
+    assert choose(runs((HOST, 100)), host_s=1 / 3) == [("host", 0, 100)]
+
+
 def test_where_others_compute_all_is_loaded_unless_computing_is_sooner() -> None:
-    assert choose(runs((HOST, 100)), host_s=1 / 9, is_idle=False) == [("host", 0, 100)]
+    assert choose(runs((HOST, 100)), host_s=2 / 3, is_idle=False) == [("host", 0, 100)]
     assert choose(runs((HOST, 100)), host_s=9.0, is_idle=False) == [("host", 90, 100)]
 
 
