@@ -9,10 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 
 from hbserve.config import StoreTierConfig
+
+_FORMAT = 2
+"""Raised when blocks of the same facts get other bytes: a tier may keep those of an earlier version."""
+
+
+def namespace(*facts: object) -> str:
+    """Return a name that is equal only for workers whose blocks have the same bytes: model, dtypes, shapes, ranks."""
+    return blake2b(repr((_FORMAT, *facts)).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import struct
 import time
 import zlib
 from collections.abc import Sequence
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -34,16 +33,11 @@ class DiskTierError(HBServeError):
     """The disk tier cannot be used here."""
 
 
-def namespace(*facts: object) -> str:
-    """Return a name that is equal only for workers whose blocks have the same bytes: model, dtype, shapes, ranks."""
-    return blake2b(repr(facts).encode(), digest_size=8).hexdigest()
-
-
 class DiskTier(SlotTier):
-    """One rank's file. All instances of a host with the same `namespace` share it; the scheduler gives out its slots.
+    """One rank's file. All instances of a host with the same `name` share it; the scheduler gives out its slots.
 
     Args:
-        name: the namespace.
+        name: see `hbserve.kv_tiers.base.namespace`.
         block_bytes: of one rank's part of a block.
 
     Attributes:

@@ -13,6 +13,9 @@ from hbserve.messages.tiers import FindBlocks, FoundBlocks
 
 logger = logging.getLogger(__name__)
 
+_MAX_NAMES = 1024
+"""Names in one question: of a long prompt, all but the first are asked for only if those before them are there."""
+
 
 class Lookups:
     """Answers `FindBlocks`, one after the other.
@@ -52,9 +55,15 @@ class Lookups:
 
     def _count(self, keys: list[bytes]) -> int:
         """Count the blocks from the first on that are there for every rank."""
-        names = [BlockName(prefix + key.hex(), key) for key in keys for prefix in self._prefixes]
-        found = list(self._tier.contains(names))
-        if len(found) != len(names):
-            raise TypeError(f"contains returns one answer for each of {len(names)} names, got {len(found)}")
-        first_absent = next((number for number, is_there in enumerate(found) if not is_there), len(names))
-        return first_absent // len(self._prefixes)
+        num_found, most = 0, max(1, _MAX_NAMES // len(self._prefixes))
+        for first in range(0, len(keys), most):
+            part = keys[first : first + most]
+            names = [BlockName(prefix + key.hex(), key) for key in part for prefix in self._prefixes]
+            found = list(self._tier.contains(names))
+            if len(found) != len(names):
+                raise TypeError(f"contains returns one answer for each of {len(names)} names, got {len(found)}")
+            first_absent = next((number for number, is_there in enumerate(found) if not is_there), len(names))
+            num_found += first_absent // len(self._prefixes)
+            if first_absent < len(names):
+                break
+        return num_found

@@ -46,7 +46,7 @@ class RankTiers:
         kv_blocks: the rank's arena, uint8 ``[block, byte]``.
         rank, num_ranks: of the instance.
         report: called in any thread with each result.
-        name: equal only for workers whose blocks have the same bytes, see `hbserve.kv_tiers.disk.namespace`.
+        name: equal only for workers whose blocks have the same bytes, see `hbserve.kv_tiers.base.namespace`.
         report_found: called in any thread with the answer to each lookup.
 
     Raises:

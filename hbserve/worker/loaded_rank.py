@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hbserve.config import Config, InstanceConfig
-from hbserve.kv_tiers.disk import namespace
+from hbserve.kv_tiers.base import namespace
 from hbserve.kv_tiers.rank_tiers import RankTiers
 from hbserve.kv_transfer.head_split import Shard
 from hbserve.kv_transfer.one_sided.base import ArenaSharing
@@ -106,9 +106,17 @@ def loaded_rank(
         transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)
         dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
         fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
-        name = namespace(fingerprint, config.model.quantization, runner.layout, runner.spec.num_kv_heads, size)
+        facts = fingerprint, config.model.quantization, runner.dtype, runner.layout, runner.spec.num_kv_heads, size
         tiers = RankTiers(
-            config.kv_cache, host, platform, runner.kv_blocks, tp_rank, size, report_copy, name, report_found
+            config.kv_cache,
+            host,
+            platform,
+            runner.kv_blocks,
+            tp_rank,
+            size,
+            report_copy,
+            namespace(*facts),
+            report_found,
         )
         stopwatch.lap("transfers")
         yield LoadedRank(fingerprint, platform, runner, transfers, tiers)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hbserve.config import DiskTierConfig
-from hbserve.kv_tiers.base import BlockName
-from hbserve.kv_tiers.disk import DiskTier, DiskTierError, namespace
+from hbserve.kv_tiers.base import BlockName, namespace
+from hbserve.kv_tiers.disk import DiskTier, DiskTierError
 from hbserve.kv_transfer.block_parts import checksums_of
 
 BLOCK_BYTES = 640

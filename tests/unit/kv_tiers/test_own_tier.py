@@ -98,7 +98,8 @@ async def test_what_one_system_stores_another_one_finds_and_loads(monkeypatch: p
     assert (await one.load(KEYS[:5], [7, 8, 9, 10, 11], stored.checksums)).failures == {}
 
 
-async def test_a_block_is_found_when_all_ranks_have_stored_it() -> None:
+async def test_a_block_is_found_when_all_ranks_have_stored_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbserve.kv_tiers.lookups._MAX_NAMES", 3)  # one block at a time
     ranks = [Rank(rank=number, num_ranks=2) for number in range(2)]
     await ranks[0].store(KEYS[:3], [0, 1, 2])
     await ranks[1].store(KEYS[:2], [0, 1])
