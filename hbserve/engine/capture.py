@@ -1,8 +1,11 @@
-"""The capture of CUDA graphs: warm-up, memory and stream."""
+"""The capture of CUDA graphs: compilation, warm-up, memory and stream."""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -10,6 +13,37 @@ from typing import Any
 import torch
 
 from hbserve.platform.cuda_driver import upload_graph
+
+_MAX_COMPILERS = 8
+
+
+@contextmanager
+def compiling(device: torch.device) -> Iterator[None]:
+    """Compile and load the Triton kernels that this thread launches in the body, several at a time; run none of them.
+
+    One after the other they take 10 s of an 8B model's first start on a machine. Their outputs stay undefined, so the
+    body must not use one as an index or a length. Later launches find the kernels compiled.
+    """
+    from triton import AsyncCompileMode
+    from triton.runtime.jit import JITFunction
+
+    launch, owner = JITFunction.run, threading.get_ident()
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        is_own = threading.get_ident() == owner  # other threads move KV with kernels of theirs
+        return launch(kernel, *args, grid=grid, warmup=warmup or is_own, **options)
+
+    size = min(_MAX_COMPILERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(size, "compile", initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+        mode = AsyncCompileMode(pool)
+        JITFunction.run = compile_only
+        try:
+            with mode:
+                yield
+        finally:
+            JITFunction.run = launch
+        # The attribute makes Triton load the kernel, and compile its launcher.
+        list(pool.map(lambda kernel: kernel.result().run, mode.future_kernels.values()))
 
 
 def run_to_capture(run: Callable[[], object]) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from hbserve.attention.base import PageTables
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
-from hbserve.engine.capture import capturing, run_to_capture
+from hbserve.engine.capture import capturing, compiling, run_to_capture
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.graph_sizes import GraphSizes
 from hbserve.engine.pending_step import StepTimer
@@ -175,6 +175,11 @@ class DecodeGraphs:
     def _capture_first(self, device: torch.device) -> None:
         started = time.perf_counter()
         before = torch.cuda.mem_get_info(device)[0]
+        if self._decoder.can_skip_kernels:
+            with compiling(device):
+                for size in self.sizes.first:
+                    self._begin(size)
+                    self._step(size, self._decoder.typical_layers)
         for size in self.sizes.first:
             self.capture(size)
         used = before - torch.cuda.mem_get_info(device)[0]
@@ -201,6 +206,15 @@ class DecodeGraphs:
             self._graphs[size] = whole
 
     def _capture(self, size: int, pool: Any, layers: list[int] | None = None) -> _Graph:
+        self._begin(size)
+        run_to_capture(lambda: self._step(size, self._decoder.typical_layers))
+        graph: Any = torch.cuda.CUDAGraph()
+        with capturing(graph, pool):
+            token_ids = self._step(size, layers)
+        return _Graph(graph, token_ids)
+
+    def _begin(self, size: int) -> None:
+        """Prepare a step of padding."""
         self._copy_padding(size)
         tensor = self._inputs.tensor
         self._attention.begin(
@@ -215,11 +229,6 @@ class DecodeGraphs:
                 tensor("chunk_len", 1),
             )
         )
-        run_to_capture(lambda: self._step(size, self._decoder.typical_layers))
-        graph: Any = torch.cuda.CUDAGraph()
-        with capturing(graph, pool):
-            token_ids = self._step(size, layers)
-        return _Graph(graph, token_ids)
 
     def _copy_padding(self, size: int) -> None:
         arrays = {field.name: np.empty(0, field.dtype) for field in _FIELDS}

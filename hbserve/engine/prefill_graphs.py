@@ -21,7 +21,7 @@ import torch
 
 from hbserve.attention.base import AttentionBackend
 from hbserve.engine.batch import StepBatch
-from hbserve.engine.capture import capturing, run_to_capture
+from hbserve.engine.capture import capturing, compiling, run_to_capture
 from hbserve.engine.graph_sizes import GraphSizes
 from hbserve.layers.ops import ResidualStream
 from hbserve.models.decoder import Decoder
@@ -74,6 +74,11 @@ class PrefillGraphs:
             return
         started = time.perf_counter()
         before = torch.cuda.mem_get_info(device)[0]
+        if self._decoder.can_skip_kernels:
+            with compiling(device):
+                for size in self.sizes.first:
+                    self._begin(size)
+                    self._rehearse(size)
         for size in self.sizes.first:
             self.capture(size)
         logger.info(
@@ -87,8 +92,12 @@ class PrefillGraphs:
         self._pieces[size] = self._capture(size)
         self.sizes.add(size)
 
-    def _capture(self, size: int) -> _Pieces:
+    def _begin(self, size: int) -> None:
+        """Prepare a step of padding."""
         self._attention.slot_mapping = self._slot_mapping[:size].fill_(_NOWHERE)  # the last step has left its own
+
+    def _capture(self, size: int) -> _Pieces:
+        self._begin(size)
         run_to_capture(lambda: self._rehearse(size))
         graphs = []
         residual: ResidualStream | None = None

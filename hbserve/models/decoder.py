@@ -104,6 +104,14 @@ class Decoder:
         return sorted({0, min(1, len(self.layers) - 1), *firsts})
 
     @property
+    def can_skip_kernels(self) -> bool:
+        """Whether a step may leave kernels out, so that its results are undefined.
+
+        Outputs of the kernels of experts are indices, and ranks wait for each other's kernels.
+        """
+        return self.spec.experts is None and self.parallel.size == 1
+
+    @property
     def expert_totals(self) -> Tensor | None:
         """Tokens that each expert has computed: int64 ``[layers, experts]``; None: there are no experts."""
         return self._ops.expert_totals

@@ -22,7 +22,7 @@ from hbserve.import_path import check_not_importing
 from hbserve.messages.admin import GetStats, Stats
 from hbserve.messages.client import SchedulerReply
 from hbserve.messages.supervisor import EventKind
-from hbserve.model_files import read_sampling_defaults
+from hbserve.model_files import read_config, read_sampling_defaults
 from hbserve.model_store import with_model_folder
 from hbserve.process.events import log_event
 from hbserve.process.stopwatch import Start
@@ -71,6 +71,7 @@ class DisaggregatedLLM:
         self.running_plan: RunningPlan | None = None
         self._watching: asyncio.Task[None] | None = None
         self._key = ClusterKey.of(self.config)
+        self._with_instances = with_instances
         self._launcher = Launcher(
             self.config, with_instances, self._on_scheduler_exit, self._on_dismissed, self.report_event
         )
@@ -87,13 +88,15 @@ class DisaggregatedLLM:
 
         Raises:
             StartupError: naming what is missing at ``rpc.start_timeout_s``, or what failed and why.
-            ModelError: if the model cannot be fetched, or the tokenizer or generation_config.json cannot be loaded.
+            ModelError: if the model cannot be fetched, or config.json, generation_config.json or tokenizer is wrong.
         """
         if self._client is not None:
             raise StartupError("already started")
         check_not_importing()
         self._given_up = None
         self.config = await asyncio.to_thread(with_model_folder, self.config)
+        if self._with_instances and self.config.launcher == "local":
+            read_config(Path(self.config.model.path))  # an instance would say what is wrong too, but seconds later
         if self._plan is None:
             self._launcher.config = self.config
             try:

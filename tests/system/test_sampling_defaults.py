@@ -105,3 +105,6 @@ def test_an_embedding_program_gets_them_where_it_gives_no_parameters(tmp_path: P
         LLM(str(tmp_path), **options)
     with pytest.raises(ConfigError, match="generation_config"):
         LLM(str(tmp_path), generation_config="vllm", **options)
+    (tmp_path / "config.json").unlink()  # seen before a process is started
+    with pytest.raises(ModelError, match=f"cannot read {tmp_path}/config.json: No such file or directory"):
+        LLM(str(tmp_path), **options)
