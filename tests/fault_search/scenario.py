@@ -43,8 +43,8 @@ FaultKind = Literal[
 ]
 _EVERYWHERE: tuple[FaultKind, ...] = ("kill_worker", "stop_worker", "kill_scheduler", "stop_scheduler", "kill_client")
 _OF_MODE: dict[str, tuple[FaultKind, ...]] = {
-    "unified": ("bad_wire", "set_role", "set_role", "join", "leave", "remove"),
-    "disaggregated": ("bad_wire", "bad_wire", "set_role", "set_role", "join", "leave", "remove"),
+    "unified": ("join", "leave", "remove"),
+    "disaggregated": ("bad_wire", "bad_wire", "set_role", "join", "leave", "remove"),
     "semi_pd": ("rotate", "rotate", "rotate_mixed", "kill_holder", "kill_worker", "kill_awaited"),
 }
 
@@ -281,6 +281,10 @@ def draw(seed: int) -> Scenario:
         for again in tiers.choices(requests, k=tiers.randint(2, 6)):
             at = again.at + tiers.uniform(0.0, lasts_s)
             requests.append(dataclasses.replace(again, at=at, client=tiers.randrange(2), abort_at=None))
+    roles = random.Random(f"roles {seed}")  # likewise
+    if mode != "semi_pd" and roles.random() < 0.3:
+        changes = [Fault(roles.uniform(0.0, lasts_s), "set_role", roles.randrange(100), 1.0) for _ in range(4)]
+        faults = tuple(sorted((*faults, *changes), key=lambda fault: fault.at))
     return Scenario(
         seed=seed,
         mode=mode,  # type: ignore[arg-type]
