@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from tests.support.model_zoo import VOCAB_SIZE
 
+HAS_MOONCAKE = find_spec("mooncake") is not None and find_library("ibverbs") is not None
 needs_mooncake = pytest.mark.skipif(
-    find_spec("mooncake") is None or find_library("ibverbs") is None,
+    not HAS_MOONCAKE,
     reason="needs the Mooncake Transfer Engine and libibverbs: scripts/install_debian_packages.sh",
 )
 
