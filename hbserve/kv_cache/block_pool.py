@@ -360,10 +360,15 @@ def extend_block_hashes(
     depends on the whole prefix. A collision would serve the KV of another prompt. With 128 bits of BLAKE2b it does not
     happen, and cannot be made to happen on purpose. Two prompts with different ``salt`` have no hash in common.
     """
-    for index in range(len(hashes), len(token_ids) // block_size):
-        block = array("i", token_ids[index * block_size : (index + 1) * block_size])
-        parent = hashes[index - 1] if index else _salt_hash(salt)
-        hashes.append(blake2b(parent + block.tobytes(), digest_size=16).digest())
+    num_known, num_blocks = len(hashes), len(token_ids) // block_size
+    if num_known >= num_blocks:
+        return
+    tokens = array("i", token_ids[num_known * block_size : num_blocks * block_size])
+    data, block_bytes = tokens.tobytes(), block_size * tokens.itemsize
+    parent = hashes[-1] if hashes else _salt_hash(salt)
+    for begin in range(0, len(data), block_bytes):
+        parent = blake2b(parent + data[begin : begin + block_bytes], digest_size=16).digest()
+        hashes.append(parent)
 
 
 def _salt_hash(salt: str | None) -> bytes:
