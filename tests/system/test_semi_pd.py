@@ -27,9 +27,10 @@ from hbserve.semi_pd.semi_pd_coordinator import create_semi_pd_coordinator
 from hbserve.server import errors, semi_pd_routes
 from hbserve.server.prometheus import render
 from hbserve.top import draw
-from tests.support.engines import assert_no_leaks, random_prompt
+from tests.support.engines import HAS_MOONCAKE, assert_no_leaks, random_prompt
 from tests.support.model_zoo import save_model
 from tests.support.paths import ROOT
+from tests.support.store_process import running_store
 
 DEADLINE_S = 120.0
 NUM_REQUESTS = 100
@@ -125,6 +126,16 @@ def expected(model: str) -> list[list[int]]:
         return [output["token_ids"] for output in llm.generate(*requests(), use_tqdm=False)]
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """Settings of a store, and of a host tier that is so small that the store is needed."""
+    if not HAS_MOONCAKE:
+        yield {}
+        return
+    with running_store(tmp_path) as process:
+        yield {"store": process.settings, "host_bytes": 256 << 10}
+
+
 def test_replicas_beside_a_disaggregated_pair(model: str, expected: list[list[int]]) -> None:
     instances = [
         {"instance_id": "shared-0", "instance_type": "semi_pd"},
@@ -145,7 +156,9 @@ def test_replicas_beside_a_disaggregated_pair(model: str, expected: list[list[in
         assert_no_leaks(llm)
 
 
-async def test_rotations_and_kills_change_no_token(model: str, expected: list[list[int]]) -> None:
+async def test_rotations_and_kills_change_no_token(
+    model: str, expected: list[list[int]], store: dict[str, Any]
+) -> None:
     """100 seeded requests while the split rotates, phases are mixed and parted again, and processes are killed."""
     prompts, sampling = requests()
     sampling = with_predictions(sampling, expected)
@@ -160,7 +173,7 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
         scheduler="tests.support.dawdler:Dawdler",
         speculation_method="auto",
         speculation_model=model,
-        **SETTINGS,
+        **(SETTINGS | store),
     )
     # A request may be in the steps of each worker that is killed, without a token in between.
     frozen = config.freeze()
@@ -226,6 +239,8 @@ async def test_rotations_and_kills_change_no_token(model: str, expected: list[li
         assert status["statistics"]["replaced_workers"] >= 1
         assert min(tokens[role] for role in ("prefill", "decode", "unified")) > 0, tokens
         await asyncio.to_thread(assert_no_leaks, llm)
+        tiers = llm.get_system_stats()["kv_tiers"]
+        assert all(tier["stored_blocks"] > 0 for tier in tiers.values()), tiers
         seen |= pids_of(manager)
     assert not any(is_running(pid) for pid in seen)
     assert not arena_mappings() & seen
