@@ -120,12 +120,24 @@ def test_predictions_change_no_token(has_graphs: bool) -> None:
         assert_no_leaks(llm)
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "disaggregated", "gpu_instances": "one card"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "disaggregated", "gpu_instances": "one card"},
+        pytest.param(
+            {"tensor_parallel_size": 2},
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+            id="two ranks",
+        ),
+    ],
+    ids=str,
+)
 def test_answers_are_right_while_graphs_are_captured_and_after(
     options: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The first batches run with few graphs; the others are captured between requests, none of which goes wrong."""
-    if options:
+    if "gpu_instances" in options:
         instances = [{"instance_id": role, "instance_type": role, "gpu_id": 0} for role in ("prefill", "decode")]
         options = options | {"gpu_instances": instances}
     questions = recall(60)
