@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import torch
@@ -18,9 +19,11 @@ from hbserve.errors import ModelError
 from hbserve.hints import nearest
 from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
 from hbserve.model_families.declaration import ACTIVATIONS_BY_NAME, Activation, Experts, Family, LayerNorms, Scales
-from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown
+from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, reason_of, shown
 from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
 from hbserve.weight_format import KV_SCALE_NAMES, Fp8Format, Fp8KV, on_load, read_weight_format
+
+_Value = TypeVar("_Value")
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Names in a checkpoint of the two tensors that may be tied."""
@@ -259,10 +262,19 @@ def _from_config(
         sliding_windows=sliding_windows,
         dtype=dtype,
         scales=_scales(family, config, head_dim),
-        experts=None if family.experts is None else _experts(family.experts(config)),
+        experts=None if family.experts is None else _experts(_read(family.experts, family, config)),
         has_qk_norm=family.qk_norm_key is None or bool(getattr(config, family.qk_norm_key)),
         activation=activation,
     )
+
+
+def _read(function: Callable[[Any], _Value], family: Family, config: Any) -> _Value:
+    """Call a function of the declaration, which computes with values of any type."""
+    try:
+        return function(config)
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        keys = ", ".join(sorted(family.keys))
+        raise ModelError(f"one of {keys} has no usable value: {reason_of(error)}") from None
 
 
 def _has_bias(declared: bool | str, config: Any) -> bool:
@@ -298,7 +310,7 @@ def _experts(experts: Experts) -> Experts | None:
 
 
 def _scales(family: Family, config: Any, head_dim: int) -> Scales:
-    scales = family.scales(config)
+    scales = _read(family.scales, family, config)
     for name, value in asdict(scales).items():
         if value is not None and not (math.isfinite(value) and 0 < value <= _MAX_SCALE):
             raise ModelError(

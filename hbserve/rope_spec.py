@@ -121,6 +121,8 @@ def read_ropes(family: Family, config: Any, head_dim: int, max_model_len: int | 
             f"rope_parameters {shown(config.rope_parameters)} cannot be read: {reason_of(error)}"
         ) from None
     num_layers, parameters = config.num_hidden_layers, config.rope_parameters
+    if not isinstance(parameters, dict):
+        raise ModelError(f"rope_parameters must be an object, got {shown(parameters)}")
     longest = max_model_len or config.max_position_embeddings
     nested = sorted(key for key, value in parameters.items() if isinstance(value, dict))
     if family.has_rope_by_type:

@@ -11,7 +11,10 @@ from hbserve.model_families.declaration import Experts, Family, LayerNorms
 
 def read_experts(config: Any) -> Experts:
     """Read a mixture with the keys of DeepSeek-V3 (DeepSeek-AI 2024)."""
-    num_dense = getattr(config, "first_k_dense_replace", 0)
+    return _read_experts(config, config.first_k_dense_replace)
+
+
+def _read_experts(config: Any, num_dense: int) -> Experts:
     return Experts(
         num_experts=config.n_routed_experts,
         num_chosen=config.num_experts_per_tok,
@@ -69,6 +72,6 @@ SOLAR_OPEN = Family(
     "solar_open",
     "SolarOpenForCausalLM",
     qkv_bias="attention_bias",
-    experts=read_experts,
-    keys=EXPERT_KEYS,
+    experts=lambda config: _read_experts(config, num_dense=0),
+    keys=tuple(key for key in EXPERT_KEYS if key != "first_k_dense_replace"),
 )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 from transformers import CONFIG_MAPPING
 
+from hbserve.errors import ModelError
 from hbserve.model_families import FAMILIES
-from hbserve.model_spec import _CONFIG_KEYS
+from hbserve.model_spec import _CONFIG_KEYS, ModelSpec
 
 NO_EFFECT = {
     *("attention_dropout", "residual_dropout", "embedding_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
@@ -33,3 +36,14 @@ def test_a_declaration_names_every_key_that_its_class_reads(name: str) -> None:
     assert not read - known - NO_EFFECT
     aliases = getattr(config_class, "attribute_map", {})
     assert not {alias for alias, key in aliases.items() if key in known} - known
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() & CONFIG_MAPPING.keys()))
+def test_a_key_without_a_usable_value_is_refused(name: str, tmp_path: Path) -> None:
+    """What a declaration computes with a value may fail in any way; null and 0 are the likeliest mistakes."""
+    document = CONFIG_MAPPING[name]().to_dict()
+    for key in FAMILIES[name].keys:
+        for value in (None, 0) if key.startswith(("moe", "mlp", "first", "logits")) else (None,):
+            (tmp_path / "config.json").write_text(json.dumps(document | {key: value}))
+            with contextlib.suppress(ModelError):
+                ModelSpec.load(tmp_path)
