@@ -26,7 +26,7 @@ _KINDS = {
     "attention": ("_prefill_kernel", "Prefill", "flash_fwd"),
     "products": ("nvjet", "gemm", "cublas", "cutlass", "_linear_kernel", "splitK"),
     "norms": ("norm_kernel",),
-    "rotation, KV": ("_norm_rotate_store",),
+    "rotation, KV": ("_norm_rotate_store", "_widen_pages"),
     "gate": ("_silu_and_mul", "_rows_kernel"),
 }
 """Parts of kernels' names; the first kind that fits counts."""
@@ -52,6 +52,7 @@ def _make_runner(model: Path, kind: str, prompts: int, length: int) -> ModelRunn
             "model": shape | options.get("model", {}),
             "kv_cache": options.get("kv_cache", {}),
             "performance": {"max_num_seqs": prompts, "max_num_batched_tokens": prompts * length},
+            "cuda_graph": {"enabled": False},  # as in service, where steps of so many tokens have none
         }
     )
     platform = make_platform("cuda", 0, None, 1)

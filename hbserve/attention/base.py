@@ -142,6 +142,9 @@ class AttentionBackend(Attention):
     block_size_multiple: ClassVar[int] = 1
     """Tokens per block must be a multiple of this."""
 
+    short_chunk_tokens: int | None = None
+    """Tokens of a chunk that has other kernels than long ones have; None: all chunks have the same."""
+
     def __init__(
         self,
         spec: ModelSpec,

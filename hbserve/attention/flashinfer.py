@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,11 @@ class FlashInferBackend(AttentionBackend):
         self._decode: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", use_tensor_cores=True)
         self._num_decode_rows = 0
         self._num_tokens = 0
+
+    @staticmethod
+    def supports_heads(head_dim: int) -> bool:
+        """Return whether FlashInfer is there and has kernels for a head size."""
+        return head_dim in _HEAD_DIMS and importlib.util.find_spec("flashinfer") is not None
 
     @classmethod
     def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hbserve.attention.base import AttentionBackend, AttentionBatch, PageTables, has_unusual_scores
+from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
@@ -17,10 +18,14 @@ from hbserve.platform import Platform
 if TYPE_CHECKING:
     from hbserve.attention.paged_decode import PagedDecode
     from hbserve.attention.paged_prefill import PrefillInputs
+    from hbserve.attention.widened_prefill import WidenedPrefill
 
 
 class TritonBackend(AttentionBackend):
-    """`PagedDecode` for single tokens, `hbserve.attention.paged_prefill` for longer rows."""
+    """`PagedDecode` for single tokens, `hbserve.attention.paged_prefill` for longer rows.
+
+    Long chunks over KV in FP8 go through `WidenedPrefill`, where FlashInfer has kernels for the model.
+    """
 
     name = "triton"
     preferred_block_size = 16
@@ -39,6 +44,13 @@ class TritonBackend(AttentionBackend):
         self._max_decode_rows = 0
         self._num_decode_rows = 0
         self._chunks: PrefillInputs | None = None
+        self._is_widened = False
+        self._widened: WidenedPrefill | None = None
+        if self.kv_scales is not None and FlashInferBackend.supports_heads(spec.head_dim):
+            from hbserve.attention.widened_prefill import WidenedPrefill
+
+            self._widened = WidenedPrefill(spec, layout, platform, tp_size)
+            self.short_chunk_tokens = 2
 
     @classmethod
     def supports(cls, spec: ModelSpec, dtype: torch.dtype, platform: Platform) -> str | None:
@@ -62,9 +74,17 @@ class TritonBackend(AttentionBackend):
         split = self._num_decode_rows = batch.num_decode_rows
         if split:
             self._begin_decodes(batch, tables, split)
-        self._chunks = None
+        self._chunks, self._is_widened = None, False
         if split < len(batch.context_lens):
-            self._begin_chunks(batch, tables, split)
+            starts, contexts = batch.query_starts[split:], batch.context_lens[split:]
+            if self._widened is not None and self._widened.suits(np.diff(starts), contexts):
+                self._is_widened = True
+                tables_of_chunks = batch.block_tables[split:]
+                self._widened.begin(
+                    AttentionBatch(0, starts - starts[0], contexts, tables_of_chunks, batch.slot_mapping[split:])
+                )
+            else:
+                self._begin_chunks(batch, tables, split)
 
     def _begin_decodes(self, batch: AttentionBatch, tables: PageTables, num_rows: int) -> None:
         from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
@@ -109,6 +129,10 @@ class TritonBackend(AttentionBackend):
         if split:
             assert self._decode is not None, "no step has begun"
             self._decode.attend(layer, q[:split], out[:split])
+        if self._is_widened:
+            assert self._widened is not None, "a step with it has begun"
+            assert self.kv_scales is not None, "the cache is in FP8"
+            self._widened.attend(q[split:], self.kv_cache[:, layer], self.kv_scales[layer], out[split:])
         if self._chunks is not None:
             from hbserve.attention.paged_prefill import attend_chunks
 

@@ -287,7 +287,8 @@ class ModelRunner:
             longest = min(longest, _MAX_CPU_REHEARSAL)
         self._layers = self._decoder.typical_layers
         with contextlib.nullcontext() if self._graphs is None else self._graphs.of_layers(self._layers):
-            for length in [1, longest] if role.prefills else [1]:
+            short = self._attention.short_chunk_tokens
+            for length in [1, *([] if short is None else [short]), longest] if role.prefills else [1]:
                 self.launch(self._rehearsal(length, spare_block), self._yield_device).result()
         self._layers = None
 
