@@ -297,11 +297,14 @@ def _launch_shape(programs: int, lanes: int, is_fp8: bool) -> tuple[int, int, in
     Args:
         programs: rows times KV heads of the batch.
         lanes: head_dim, rounded up to a power of two.
+        is_fp8: whether the cache is in FP8.
     """
     if lanes > 128:
         return 32, 2, 4, 2
     if programs <= MAX_SMALL_BATCH_PROGRAMS:
         return 32, 1, 2, 4
+    if is_fp8:  # half the bytes of a load: two must be in flight
+        return (64, 5, 2, 4) if programs < 1792 else (32, 5, 1, 7)
     if programs <= 128:
         return 32, 3, 2, 6
     return (64, 3, 2, 4) if programs < 1792 else (32, 4, 1, 8)

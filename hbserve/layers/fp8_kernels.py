@@ -3,7 +3,7 @@
 | rows | kernel | bound by |
 |---|---|---|
 | 1 | `hbserve.layers.fp8_one_row`, with the norm before and the gate or the sum after the product | reading weights |
-| 2 to 64; to 512 where weights have blocks | the one here | reading weights |
+| 2 to 64; to 128 where outputs are few; to 512 where weights have blocks | the one here | reading weights |
 | more | cuBLASLt, through `torch._scaled_mm` | multiplying |
 | more, weights in blocks | cuBLASLt in the model's dtype, after both operands have been converted to it | multiplying |
 
@@ -37,6 +37,9 @@ from hbserve.platform.cuda_driver import overlaps
 
 MAX_SMALL_ROWS = 64
 """Maximum rows of a batch that is bound by reading weights."""
+
+_MAX_ROWS_OF_FEW_OUTPUTS, _MAX_FEW_TILES = 128, 132
+"""Maximum rows where the tiles of 64 outputs are no more than these: cuBLASLt leaves multiprocessors without work."""
 
 _MAX_BLOCK_ROWS = 512
 """Maximum rows that are multiplied by weights in blocks faster than the weights are converted."""
@@ -139,15 +142,22 @@ def _counters(device: torch.device) -> Tensor:
 
 def _launch_shape(num_rows: int, num_outputs: int, size: int) -> tuple[int, int, int, int, int]:
     """Choose outputs and rows of a tile, parts of its inputs, loads in flight and warps."""
+    num_tiles = triton.cdiv(num_outputs, 64)
+    if _has_few_outputs(num_rows, num_outputs):
+        parts = max(1, min(_MAX_PARTS, _SMS_OF_H200 * 5 // 4 // num_tiles, size // (4 * _BLOCK_INPUTS)))
+        return 64, 128, 1 << (parts.bit_length() - 1), 4, 4
     if num_rows > MAX_SMALL_ROWS:
         return 128, 128, 1, 4, 8
-    num_tiles = triton.cdiv(num_outputs, 64)
     # Loads in flight fill the memory's latency with a program or two on each multiprocessor. More rows make the
     # parts larger, which are written and read again, and a program's loads too.
     num_programs = 2 * _SMS_OF_H200 if num_rows <= 16 else _SMS_OF_H200
     wanted = min(_MAX_PARTS, triton.cdiv(num_programs, num_tiles), max(1, size // (4 * _BLOCK_INPUTS)))
     num_parts = 1 << (wanted.bit_length() - 1) if num_tiles <= _MAX_TILES else 1
     return 64, max(16, triton.next_power_of_2(num_rows)), num_parts, 5, 4
+
+
+def _has_few_outputs(num_rows: int, num_outputs: int) -> bool:
+    return MAX_SMALL_ROWS < num_rows <= _MAX_ROWS_OF_FEW_OUTPUTS and num_outputs <= 64 * _MAX_FEW_TILES
 
 
 class Fp8Kernels:
@@ -177,7 +187,8 @@ class Fp8Kernels:
         if layer.has_blocks and num_rows > _MAX_BLOCK_ROWS:
             wide = PlainLinear(widen(layer.weight, layer.scale, layer.dtype), layer.bias)
             return wide(widen(rows.values, rows.scales, layer.dtype), out, has_bias=has_bias)
-        if layer.has_blocks or num_rows <= MAX_SMALL_ROWS or not _fits_cublas(layer):
+        is_small = num_rows <= MAX_SMALL_ROWS or _has_few_outputs(num_rows, layer.num_outputs)
+        if layer.has_blocks or is_small or not _fits_cublas(layer):
             return fp8_linear(layer, rows, out, has_bias=has_bias)
         # Rows of both operands have scales. FP8 sums of cuBLASLt's fast mode are what training's forward pass uses.
         scales = rows.scales.contiguous(), layer.scale[None, :]
