@@ -132,7 +132,7 @@ def _decode_attention(num_rows: int, context: int) -> dict[str, Any]:
     return found
 
 
-def _engine(model: Path, chosen: list[str]) -> dict[str, Any]:
+def _engine(model: Path, chosen: list[str], out: Path | None) -> None:
     from hbserve import LLM, SamplingParams
 
     found: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def _engine(model: Path, chosen: list[str]) -> dict[str, Any]:
                     best = max(best, count / (time.perf_counter() - began))
                 found[f"{name} {kind}"] = best
                 print(f"{name:18} {kind:5} {best:10.1f} tok/s", flush=True)
-    return found
+                _write(found, out)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +177,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run one of the two measurements."""
-    found = _kernels() if arguments.what == "kernels" else _engine(find_model(arguments.model), arguments.engines)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    if arguments.what == "kernels":
+        _write(_kernels(), arguments.json)
+    else:
+        _engine(find_model(arguments.model), arguments.engines, arguments.json)
+
+
+def _write(found: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(found, indent=2) + "\n")
