@@ -47,6 +47,7 @@ class GrammarTable:
         self._num_known: dict[int, int] = {}  # per slot, tokens of prompt and output that the follower has
         self._drafts: dict[int, list[int]] = {}  # per slot, the guesses of the tokens after these
         self._missing: dict[int, str | None] = {}
+        self._forced: dict[int, list[int]] = {}
 
     def set_on_event(self, on_event: OnEvent) -> None:
         """Have a function called, in another thread, when the grammar process is replaced; else that is logged."""
@@ -115,6 +116,9 @@ class GrammarTable:
                 masks[index] = mask
             else:
                 self._missing[place] = follower.error
+        for slot, place in dict(zip(slots.tolist(), places, strict=True)).items():  # the last sample of each slot
+            if (forced := self._followers[slot].forced) and place not in self._missing:
+                self._forced[place] = forced
         return masks
 
     def missing(self, num_samples: int) -> npt.NDArray[np.bool_]:
@@ -122,6 +126,11 @@ class GrammarTable:
         missing = np.zeros(num_samples, np.bool_)
         missing[list(self._missing)] = True
         return missing
+
+    def take_forced(self) -> dict[int, list[int]]:
+        """Return by sample the tokens from its own on that are forced if the row's draft is right."""
+        forced, self._forced = self._forced, {}
+        return forced
 
     def take_missing(self) -> dict[int, str | None]:
         """Return the samples without a mask in this step, and why they can never get one; None: they can."""

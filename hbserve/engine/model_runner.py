@@ -344,8 +344,9 @@ class ModelRunner:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(rows):
             sampled, num_logprobs = self._graphs.launch(rows, functools.partial(self._wait_for_turn, plan), timer)
-            missing = self._table.grammars.take_missing()
-            return PendingStep(plan, sampled, num_logprobs, timer, None, missing, drafted)
+            grammars = self._table.grammars
+            missing, forced = grammars.take_missing(), grammars.take_forced()
+            return PendingStep(plan, sampled, num_logprobs, timer, None, missing, drafted, forced)
         board = self._wait_for_turn(plan)
         rows = rows if board is None else board.with_tokens(rows)
         batch = build_batch(rows, self._table, self.layout.block_size, self.platform.device)
@@ -363,8 +364,8 @@ class ModelRunner:
             return PendingStep(plan, None, [], timer, scores, None, drafted)
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
-        missing = self._table.grammars.take_missing()
-        return PendingStep(plan, sampled, batch.num_logprobs, timer, scores, missing, drafted)
+        missing, forced = self._table.grammars.take_missing(), self._table.grammars.take_forced()
+        return PendingStep(plan, sampled, batch.num_logprobs, timer, scores, missing, drafted, forced)
 
     def _wait_for_turn(self, plan: StepPlan) -> StepBoard | None:
         """Wait for the other worker's step that must come first; return the board with the tokens sampled elsewhere."""

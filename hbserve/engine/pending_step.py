@@ -70,6 +70,7 @@ class PendingStep:
         scores: of the prompts' tokens; None: no row asks for them.
         missing: samples without a token, and why they can never get one; see `GrammarTable.take_missing`.
         drafted: what the draft model has done first; None: nothing.
+        forced: see `GrammarTable.take_forced`.
 
     Attributes:
         ready_at: when the host had prepared the step, on `time.perf_counter`.
@@ -87,7 +88,9 @@ class PendingStep:
         scores: PromptScores | None = None,
         missing: dict[int, str | None] | None = None,
         drafted: Drafted | None = None,
+        forced: dict[int, list[int]] | None = None,
     ) -> None:
+        self._forced = forced or None
         self._missing = missing or {}
         self._epoch, self._step_id = plan.epoch, plan.step_id
         self._num_logprobs = num_logprobs
@@ -121,6 +124,7 @@ class PendingStep:
             row_errors=errors or None,
             expert_tokens=self.expert_tokens,
             draft_s=busy_s - step_s,
+            forced=self._forced,
             draft_ids=[] if self._drafted is None else self._drafted.token_ids,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,6 +75,19 @@ class Matcher:
         if self._matcher.is_accepting() or not words.any():
             _set(words, self._end_token_ids, True)
         return words
+
+    def forced(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the only tokens that may follow these next ones, as far as there is no choice; the matcher stays."""
+        matcher = self._matcher
+        if token_ids:
+            matcher = matcher.deep_copy()
+            if matcher.try_consume_tokens(list(token_ids)) < len(token_ids):
+                return []
+        if matcher.is_stopped():
+            return []
+        forced: list[int] = matcher.compute_ff_tokens()
+        ends = {*self._tokenizer_ends.tolist(), *self._end_token_ids.tolist()}
+        return list(itertools.takewhile(lambda token: token not in ends, forced))
 
     @property
     def error(self) -> str | None:

@@ -67,12 +67,14 @@ class Follower:
 
     Attributes:
         error: why there can be no mask any more.
+        forced: see `Mask`; of the last mask.
     """
 
     def __init__(
         self, process: GrammarProcess, number: int, grammar: str, end_token_ids: list[int], token_ids: Sequence[int]
     ) -> None:
         self.error: str | None = None
+        self.forced: list[int] = []
         self.number = number
         self.is_suspect = False
         self._process = process
@@ -109,6 +111,7 @@ class Follower:
                 if token_ids:
                     self._mask = None
                 self._draft, self._num_looked_at, self._draft_masks = list(draft), 0, None
+                self.forced = []
                 self._is_done.clear()
                 self._process.send(FeedOutput(number=self.number, token_ids=list(token_ids), draft=self._draft))
 
@@ -142,7 +145,7 @@ class Follower:
         if reply.num_tokens == len(self._token_ids):
             self._mask = np.frombuffer(reply.words, np.int32)
             if reply.draft == self._draft[: len(reply.draft)] and bool(reply.draft) >= bool(self._draft):
-                self._num_looked_at = len(reply.draft)
+                self._num_looked_at, self.forced = len(reply.draft), reply.forced
                 if reply.draft_words:
                     self._draft_masks = np.frombuffer(reply.draft_words, np.int32).reshape(-1, len(self._mask))
                 self._is_done.set()

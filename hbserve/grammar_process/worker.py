@@ -52,6 +52,7 @@ _QUICK_S = 0.05
 _MAX_MASK_CPU_S = 1.0
 _MAX_DRAFT_CPU_S = 0.005
 """CPU seconds for the masks along one draft; a step waits for them."""
+_MAX_FORCED = 64
 _CPU_S_AT_START = 3.0
 _CPU_S_PER_TOKEN = 0.03
 _MAX_MEMORY_BYTES = 2 * 2**30
@@ -182,8 +183,13 @@ class _Follower:
         mask, failed = self._compute(tokens)
         cpu_s = time.thread_time() - started
         draft_words: list[bytes] = []
-        if mask is not None and draft:
-            draft, draft_words = self._look_ahead(draft, mask)
+        forced: list[int] = []
+        if mask is not None:
+            wanted = draft
+            if draft:
+                draft, draft_words = self._look_ahead(draft, mask)
+            if len(draft_words) == len(wanted):
+                forced = self._forced(wanted)
         with self._lock:
             num_before, self._num_tokens = self._num_tokens, self._num_tokens + len(tokens)
             if not is_first:
@@ -207,6 +213,7 @@ class _Follower:
                     is_slow=self._is_slow,
                     draft=draft,
                     draft_words=b"".join(draft_words),
+                    forced=forced,
                 )
             )
 
@@ -224,6 +231,15 @@ class _Follower:
             logger.exception("bug while looking ahead in a grammar")
             return draft[: len(words)], words
         return draft, words
+
+    def _forced(self, draft: list[int]) -> list[int]:
+        """Return the next tokens behind a draft that the grammar leaves no choice of."""
+        assert self._matcher is not None, "a mask was computed"
+        try:
+            return self._matcher.forced(draft)[:_MAX_FORCED]
+        except Exception:  # the output itself is not concerned: these are only guesses
+            logger.exception("bug while looking for forced tokens in a grammar")
+            return []
 
     def _compute(self, tokens: list[int]) -> tuple[npt.NDArray[np.int32] | None, GrammarFailed | None]:
         number, error, is_bug = self._command.number, None, False

@@ -81,6 +81,7 @@ class Mask(Message, frozen=True):
         draft: the guesses that were looked at.
         draft_words: masks, one after the other, behind each of those guesses that the grammar allows after those before
             it; no guess behind a forbidden one matters.
+        forced: the tokens behind all of the guesses that the grammar leaves no choice of; none if a guess is forbidden.
     """
 
     number: int
@@ -89,6 +90,7 @@ class Mask(Message, frozen=True):
     is_slow: bool
     draft: list[int] = msgspec.field(default_factory=list)
     draft_words: bytes = b""
+    forced: list[int] = msgspec.field(default_factory=list)
 
 
 class OutputChecked(Message, frozen=True):

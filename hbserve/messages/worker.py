@@ -212,6 +212,8 @@ class StepResult(Message, frozen=True):
         error: the step failed; the worker exits after this message.
         row_errors: why sequences can get no token any more, by index in ``token_ids``.
         expert_tokens: per layer and expert, how many tokens it has computed since the last report; now and then.
+        forced: the tokens from a sample's own on that its grammar leaves no choice of, by index in ``token_ids``; they
+            hold if the row's draft is right.
         more: another round follows, with a result of its own.
         draft_ids: the guesses that the draft model has made, `PlanRow.num_to_draft` for each row, in the plan's order.
     """
@@ -228,6 +230,7 @@ class StepResult(Message, frozen=True):
     row_errors: dict[int, str] | None = None
     expert_tokens: list[list[int]] | None = None
     draft_s: float = 0.0
+    forced: dict[int, list[int]] | None = None
     more: bool = False
     draft_ids: list[int] = msgspec.field(default_factory=list)
 

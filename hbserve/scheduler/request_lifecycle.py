@@ -296,6 +296,8 @@ class RequestLifecycle:
                     sequence.last_token_time = now
                     self._on_token(sequence, allocation, token_ids[index], logprobs[index] if logprobs else None)
             end = index + (row.samples if row.draft is None else row.num_samples)
+            if counts and result.forced and (forced := result.forced.get(end - 1)) and sequence.speculator is not None:
+                self._on_forced(sequence, row, forced)
             if result.more:
                 assert draft is not None, "a row of a step with rounds has a draft, perhaps an empty one"
                 row.begin_round(draft, len(accepted_tokens(draft.token_ids, token_ids[index:end])))
@@ -307,6 +309,12 @@ class RequestLifecycle:
         self.counts["generated_tokens"] += num_tokens
         self._queue.on_step_done(step, result.busy_s)
         self._metrics.on_step_done(worker.id, step, result.busy_s, now, last_token_times, num_batch_tokens)
+
+    def _on_forced(self, sequence: Sequence, row: InflightRow, forced: list[int]) -> None:
+        """If all of a row's draft was right, its grammar leaves no choice of these tokens, from its last sample on."""
+        assert sequence.speculator is not None, "a sequence with a grammar guesses what it forces"
+        if len(sequence.tokens) == row.end + 1 and sequence.tokens[-1] == forced[0]:
+            sequence.speculator.expect(len(sequence.tokens), forced[1:])
 
     def _on_no_token(self, sequence: Sequence, allocation: KVAllocation, row: InflightRow, error: str | None) -> None:
         """A worker has computed a row, but not the mask of its grammar: plan the last position again, a little later.

@@ -197,6 +197,8 @@ class StepPlanner:
         """Return how many rounds a sequence can do at most, and allocate blocks for them."""
         sequence, allocation = item
         position, length = allocation.num_planned, 1 if draft is None else 1 + len(draft.token_ids)
+        if sequence.has_grammar:  # whether a mask is late is known to each rank alone, and all must do the same rounds
+            return 1
         rounds = min(rounds, (sequence.max_total_tokens - 1 - position) // length)
         if draft is not None and not draft.num_to_draft:
             rounds = min(rounds, 1 + len(draft.ahead) // length)

@@ -4,17 +4,20 @@ The scheduler makes drafts, because it owns every token; a worker verifies them 
 All of this is pure: no clock, no tensor. docs/speculation.md tells the whole story.
 """
 
-from hbserve.speculation.drafters import Drafter, ModelDrafter, NgramDrafter, PredictionDrafter
+from hbserve.speculation.drafters import Drafter, GrammarDrafter, ModelDrafter, NgramDrafter, PredictionDrafter
 from hbserve.speculation.speculator import Draft, Speculation, Speculator
 from hbserve.speculation.suffixes import SuffixDrafter
 
-DRAFTERS = (PredictionDrafter.name, SuffixDrafter.name, NgramDrafter.name, ModelDrafter.name)
+DRAFTERS = tuple(
+    drafter.name for drafter in (GrammarDrafter, PredictionDrafter, SuffixDrafter, NgramDrafter, ModelDrafter)
+)
 """Names of all drafters."""
 
 __all__ = [
     "DRAFTERS",
     "Draft",
     "Drafter",
+    "GrammarDrafter",
     "ModelDrafter",
     "NgramDrafter",
     "PredictionDrafter",

@@ -82,6 +82,25 @@ class ModelDrafter:
         return [TO_BE_DRAFTED] * max_tokens
 
 
+class GrammarDrafter:
+    """Tokens that the request's grammar leaves no choice of; workers find them (`StepResult.forced`)."""
+
+    name = "grammar"
+
+    def __init__(self) -> None:
+        self._num_known = 0
+        self._forced: list[int] = []
+
+    def expect(self, num_known: int, forced: list[int]) -> None:
+        """Note the only tokens that may follow the first ``num_known`` of the sequence."""
+        self._num_known, self._forced = num_known, forced
+
+    def draft(self, tokens: Items[int], max_tokens: int) -> list[int]:
+        """See `Drafter`."""
+        done = len(tokens) - self._num_known
+        return self._forced[done : done + max_tokens] if done >= 0 else []
+
+
 class PredictionDrafter:
     """The output that the client expects: it goes along the prediction, and finds its place again where they differ.
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from hbserve.config import SpeculationConfig
 from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import TO_BE_DRAFTED
-from hbserve.speculation.drafters import Drafter, ModelDrafter, NgramDrafter, PredictionDrafter
+from hbserve.speculation.drafters import Drafter, GrammarDrafter, ModelDrafter, NgramDrafter, PredictionDrafter
 from hbserve.speculation.rounds import MAX_ROUNDS, next_guesses
 from hbserve.speculation.suffixes import OutputPools, SuffixDrafter
 
 _FIRST_ACCEPTANCE_OF_MODEL = 0.75
 """Expected of a draft model at first: it must be tried before it shows anything."""
+_FIRST_ACCEPTANCE_OF_GRAMMAR = 0.98
 _FIRST_ACCEPTANCE_OF_TEXT = 0.5
 """The same of the others. To watch their guesses costs nothing, so doubt costs a few tokens, and trust costs steps."""
 _FIRST_TRIED = 4.0
@@ -157,6 +158,12 @@ class Speculator:
         self._max_draft_tokens = max_draft_tokens
         self._max_guesses = MAX_ROUNDS * (max_draft_tokens + 1)
 
+    def expect(self, num_known: int, forced: list[int]) -> None:
+        """Note tokens that the grammar forces, see `GrammarDrafter`."""
+        for drafter, _ in self._drafters:
+            if isinstance(drafter, GrammarDrafter):
+                drafter.expect(num_known, forced)
+
     def draft(self, tokens: Items[int], max_tokens: int) -> Draft | None:
         """Guess the tokens after ``tokens``, the sequence's so far; None: no drafter has a guess."""
         best: Draft | None = None
@@ -175,7 +182,7 @@ class Speculator:
 def _first_acceptance(drafter: str) -> Acceptance:
     if drafter == ModelDrafter.name:
         return Acceptance(_FIRST_ACCEPTANCE_OF_MODEL, _MEMORY_OF_MODEL)
-    return Acceptance()
+    return Acceptance(_FIRST_ACCEPTANCE_OF_GRAMMAR) if drafter == GrammarDrafter.name else Acceptance()
 
 
 class Speculation:
@@ -189,6 +196,8 @@ class Speculation:
     def begin(self, request: AddRequest) -> Speculator | None:
         """Return the speculator of a request that has just come; None: nothing guesses its tokens."""
         drafters: list[Drafter] = []
+        if request.sampling.grammar is not None:
+            drafters.append(GrammarDrafter())
         if request.predicted_token_ids:
             drafters.append(PredictionDrafter(request.predicted_token_ids, len(request.prompt_token_ids)))
         if self._outputs is not None:

@@ -67,6 +67,7 @@ class Driver:
         self.depth = depth if self.feedback else 1
         self.drafter = drafter
         self.num_drafted = self.num_accepted = 0
+        self.forced: list[tuple[Sequence, int, list[int]]] = []  # from where, and which tokens
         self.free = list(range(runner.num_blocks))
         random.Random(3).shuffle(self.free)
         self.step_id = 0
@@ -142,10 +143,11 @@ class Driver:
             assert result.epoch == 1
             assert result.busy_s > 0
             token_ids = iter(result.token_ids)
-            draft_ids = iter(result.draft_ids)
+            draft_ids, place = iter(result.draft_ids), 0
             all_logprobs = iter(result.logprobs or [None] * len(result.token_ids))
             for sequence in sampling:
                 number = 1 + len(sequence.draft)
+                place += number
                 is_of_model = sequence.draft[:1] == [TO_BE_DRAFTED]
                 if is_of_model:
                     sequence.draft = [next(draft_ids) for _ in sequence.draft]
@@ -161,6 +163,9 @@ class Driver:
                 if is_of_model:  # the last guess has been fed to no pass of the draft model
                     sequence.num_read = sequence.computed - (len(tokens) == number)
                 sequence.output += tokens
+                forced = (result.forced or {}).get(place - 1, [])
+                if len(tokens) == number and tokens[-1:] == forced[:1]:
+                    self.forced.append((sequence, len(sequence.output), forced[1:]))
                 sequence.logprobs += logprobs[: len(tokens)]
                 sequence.draft = []
             assert next(token_ids, None) is None

@@ -219,6 +219,7 @@ def test_drafts_follow_the_grammar_and_change_no_token(tmp_path: Path) -> None:
         SamplingParams(temperature=0, max_tokens=None, grammar="start: /([a-f]{3}[0-9]{2}x)+/", presence_penalty=1.0),
         SamplingParams(temperature=1.0, seed=4, max_tokens=None, grammar="start: /[a-z]{2}( [0-9]{3})+/", logprobs=1),
         SamplingParams(temperature=1.0, seed=5, max_tokens=None),
+        SamplingParams(temperature=1.0, seed=6, max_tokens=None, grammar='start: ("it is " ("a" | "b") " now; ")+'),
     ]
 
     def run(driver: Driver) -> list[list[int]]:
@@ -236,3 +237,6 @@ def test_drafts_follow_the_grammar_and_change_no_token(tmp_path: Path) -> None:
         driver = Driver(runner, drafter=draft)
         assert run(driver) == expected
         assert driver.num_accepted > 30
+        for sequence, begin, tokens in driver.forced:
+            assert sequence.output[begin : begin + len(tokens)] == tokens[: len(sequence.output) - begin]
+        assert sum(len(tokens) for _, _, tokens in driver.forced) > 5

@@ -8,7 +8,7 @@ import pytest
 
 from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
-from hbserve.speculation import Draft, NgramDrafter, PredictionDrafter, Speculator, SuffixDrafter
+from hbserve.speculation import Draft, GrammarDrafter, NgramDrafter, PredictionDrafter, Speculator, SuffixDrafter
 from hbserve.speculation.choice import Candidate, Way, choose
 from hbserve.speculation.rounds import accepted_tokens
 from hbserve.speculation.speculator import Record
@@ -230,3 +230,15 @@ def test_a_draft_model_is_used_where_its_passes_pay() -> None:
     assert lengths[0] == 7 > lengths[1] > lengths[2] == 0
     shared = choose([of_model] * 8, StepWork(8, 800), cheap, 0.001, 100, draft_s=1.2e-3).lengths
     assert 0 < min(shared) == max(shared) < 7
+
+
+def test_what_a_grammar_forces_is_guessed_as_far_as_it_is_known() -> None:
+    speculator = Speculator([GrammarDrafter()], 7)
+    assert speculator.draft([1, 2], 9) is None
+    speculator.expect(2, [3, 4, 5])
+    for tokens, guess in (([1, 2], [3, 4, 5]), ([1, 2, 3], [4, 5])):
+        draft = speculator.draft(tokens, 9)
+        assert draft is not None
+        assert draft.token_ids == guess
+        assert draft.record.acceptance > 0.95
+    assert speculator.draft([1, 2, 3, 4, 5], 9) is None
