@@ -51,7 +51,7 @@ class CopyJob:
         )
 
 
-class _Over(Exception):
+class Over(Exception):
     """The job was ended from outside."""
 
 
@@ -140,7 +140,7 @@ class Lane:
             while (job := self._jobs.get()) is not None:
                 try:
                     result = self._do(job)
-                except _Over:
+                except Over:
                     continue
                 except Exception as error:  # a user's tier may raise anything
                     logger.warning("a KV tier has failed: %r", error)
@@ -217,7 +217,7 @@ class Lane:
         """Run the block, and wait for it on the device, unless the job is over."""
         with job.lock:
             if job.is_over:
-                raise _Over
+                raise Over
             try:
                 yield
             finally:

@@ -23,7 +23,7 @@ import torch
 
 from hbserve.kv_tiers import sealed
 from hbserve.kv_tiers.base import BlockName
-from hbserve.kv_tiers.lane import CopyJob, Lane, checked
+from hbserve.kv_tiers.lane import CopyJob, Lane, Over, checked
 from hbserve.kv_transfer.block_parts import checksums_of, put_blocks, take_blocks
 from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
 
@@ -89,6 +89,8 @@ class NamedLane(Lane):
         began = time.perf_counter()
         with suppress(Exception):
             self._caller.finish()  # of a job that has failed or was given up
+        if job.is_over:
+            raise Over
         if not self._values:
             self._make_buffers()
         with self._turns[0].on_stream():
