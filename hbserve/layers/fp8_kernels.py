@@ -3,7 +3,7 @@
 | rows | kernel | bound by |
 |---|---|---|
 | 1 | `hbserve.layers.fp8_one_row`, with the norm before and the gate or the sum after the product | reading weights |
-| 2 to 64; to 128 where outputs are few; to 512 where weights have blocks | the one here | reading weights |
+| 2 to 64; to 256 where outputs are few; to 512 where weights have blocks | the one here | reading weights |
 | more | cuBLASLt, through `torch._scaled_mm` | multiplying |
 | more, weights in blocks | cuBLASLt in the model's dtype, after both operands have been converted to it | multiplying |
 
@@ -38,8 +38,8 @@ from hbserve.platform.cuda_driver import overlaps
 MAX_SMALL_ROWS = 64
 """Maximum rows of a batch that is bound by reading weights."""
 
-_MAX_ROWS_OF_FEW_OUTPUTS, _MAX_FEW_TILES = 128, 132
-"""Maximum rows where the tiles of 64 outputs are no more than these: cuBLASLt leaves multiprocessors without work."""
+_FEW_OUTPUTS = ((128, 132 * 64), (256, 32 * 64))
+"""Maximum rows, and outputs up to which cuBLASLt leaves multiprocessors without work; from a sweep on an H200."""
 
 _MAX_BLOCK_ROWS = 512
 """Maximum rows that are multiplied by weights in blocks faster than the weights are converted."""
@@ -144,7 +144,8 @@ def _launch_shape(num_rows: int, num_outputs: int, size: int) -> tuple[int, int,
     """Choose outputs and rows of a tile, parts of its inputs, loads in flight and warps."""
     num_tiles = triton.cdiv(num_outputs, 64)
     if _has_few_outputs(num_rows, num_outputs):
-        parts = max(1, min(_MAX_PARTS, _SMS_OF_H200 * 5 // 4 // num_tiles, size // (4 * _BLOCK_INPUTS)))
+        num_programs = num_tiles * triton.cdiv(num_rows, 128)
+        parts = max(1, min(_MAX_PARTS, _SMS_OF_H200 * 5 // 4 // num_programs, size // (4 * _BLOCK_INPUTS)))
         return 64, 128, 1 << (parts.bit_length() - 1), 4, 4
     if num_rows > MAX_SMALL_ROWS:
         return 128, 128, 1, 4, 8
@@ -157,7 +158,8 @@ def _launch_shape(num_rows: int, num_outputs: int, size: int) -> tuple[int, int,
 
 
 def _has_few_outputs(num_rows: int, num_outputs: int) -> bool:
-    return MAX_SMALL_ROWS < num_rows <= _MAX_ROWS_OF_FEW_OUTPUTS and num_outputs <= 64 * _MAX_FEW_TILES
+    limits = (num_rows <= max_rows and num_outputs <= max_outputs for max_rows, max_outputs in _FEW_OUTPUTS)
+    return num_rows > MAX_SMALL_ROWS and any(limits)
 
 
 class Fp8Kernels:
