@@ -165,17 +165,17 @@ class DecodeGraphs:
         # All graphs share it: a step reads it, if at all, before the next replay.
         self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.lm_head.shape[0])
         self._graphs: dict[int, _Graph] = {}
-        self._capture_first(device)
+        self._capture_first(device, defers)
 
     @property
     def pool(self) -> Any:
         """The memory pool of the graphs."""
         return self._graphs[self.sizes.max].graph.pool()
 
-    def _capture_first(self, device: torch.device) -> None:
+    def _capture_first(self, device: torch.device, is_awaited: bool) -> None:
         started = time.perf_counter()
         before = torch.cuda.mem_get_info(device)[0]
-        if self._decoder.can_skip_kernels:
+        if is_awaited and self._decoder.can_skip_kernels:  # else others serve, and need the device
             with compiling(device):
                 for size in self.sizes.first:
                     self._begin(size)

@@ -67,14 +67,14 @@ class PrefillGraphs:
         self._slot_mapping = torch.full((max_size,), _NOWHERE, dtype=torch.int64, device=device)
         self._q, self._attended = decoder.heads_buffer(max_size), decoder.heads_buffer(max_size).zero_()
         self._pieces: dict[int, _Pieces] = {}
-        self._capture_first(device)
+        self._capture_first(device, defers)
 
-    def _capture_first(self, device: torch.device) -> None:
+    def _capture_first(self, device: torch.device, is_awaited: bool) -> None:
         if not self.sizes.first:
             return
         started = time.perf_counter()
         before = torch.cuda.mem_get_info(device)[0]
-        if self._decoder.can_skip_kernels:
+        if is_awaited and self._decoder.can_skip_kernels:  # else others serve, and need the device
             with compiling(device):
                 for size in self.sizes.first:
                     self._begin(size)
