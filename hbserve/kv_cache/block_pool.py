@@ -120,6 +120,7 @@ class BlockPool:
         self._owners = [0] * total_blocks  # how many
         self._generation = [0] * total_blocks
         self._holdings: dict[str, _Holding] = {}
+        self._read: set[int] = set()  # sealed blocks with KV of the draft model
         self.num_pending_blocks = 0
         """Blocks in the tables of freed owners that have pins."""
 
@@ -193,7 +194,18 @@ class BlockPool:
             del self._block_of_hash[evicted]
             self._hash[block] = None
         self._owners[block] = 1
+        self._read.discard(block)
         return block
+
+    # --- the draft model's KV ----------------------------------------------------------------------
+
+    def note_read(self, block_ids: Sequence[int]) -> None:
+        """Note that the draft model has read all tokens of these sealed blocks."""
+        self._read.update(block_ids)
+
+    def count_read(self, block_ids: Sequence[int]) -> int:
+        """Return how many of these blocks, from the first on, the draft model has read."""
+        return next((place for place, block in enumerate(block_ids) if block not in self._read), len(block_ids))
 
     # --- freeing and pins ------------------------------------------------------------------------
 

@@ -339,17 +339,19 @@ class Admission:
         num_blocks = -(-num_positions // pool.block_size)
         if pool.allocate_blocks(owner, num_blocks, InstanceRole.PREFILL, hashes) is None:
             return None
+        block_ids = pool.get_block_ids(owner)
         return KVAllocation(
             instance_id=instance.id,
             epoch=instance.arena_epoch,
             pool=pool,
             owner=owner,
-            block_ids=pool.get_block_ids(owner),
+            block_ids=block_ids,
             slot=instance.take_slot(),
             num_tokens_at_entry=len(sequence.tokens),
             num_planned=num_cached * pool.block_size,
             num_computed=num_cached * pool.block_size,
             num_sealed=num_cached,
+            num_read=pool.count_read(block_ids[:num_cached]) * pool.block_size,
             stored_runs=self._tiers.find(instance, hashes, num_cached) if prefills else [],
         )
 

@@ -353,6 +353,7 @@ class RequestLifecycle:
         allocation.num_planned, allocation.is_drafting = row.start + len(token_ids), False
         if row.num_to_draft:  # its last guess has gone through no pass of the draft model
             allocation.num_read = row.start + min(len(token_ids), row.num_to_draft)
+            allocation.note_read_blocks(row.start)
         self.counts[f"drafts_{draft.drafter}"] += bool(draft.token_ids)
         self.counts[f"drafted_{draft.drafter}"] += len(draft.token_ids)
         self.counts[f"accepted_{draft.drafter}"] += num_accepted

@@ -151,6 +151,7 @@ class KVAllocation:
         num_computed: positions whose KV is confirmed to be in the pool.
         num_sealed: leading blocks that are in the pool's prefix cache or were offered to it.
         num_read: positions below this have KV of the draft model, or are in a plan that makes it read them.
+        num_noted: leading blocks that the pool knows to be read.
         last_worker_id: the worker that got the sequence's last row.
         num_inflight: rows that were sent, are not confirmed, and count.
         is_drafting: its last row has a draft and is in flight: where the next row starts is not known yet.
@@ -172,6 +173,7 @@ class KVAllocation:
     num_computed: int
     num_sealed: int
     num_read: int = 0
+    num_noted: int = 0
     last_worker_id: str | None = None
     num_inflight: int = 0
     is_drafting: bool = False
@@ -211,6 +213,13 @@ class KVAllocation:
         self.num_planned = min(self.num_planned, row.start)
         self.num_read = 0  # what the draft model has read is not confirmed, and nothing but a guess depends on it
         self.num_inflight -= 1
+
+    def note_read_blocks(self, num_confirmed: int) -> None:
+        """Tell the pool which sealed blocks the draft model has read; positions below ``num_confirmed`` are certain."""
+        end = min(num_confirmed // self.pool.block_size, self.num_sealed)
+        if end > self.num_noted:
+            self.pool.note_read(self.block_ids[self.num_noted : end])
+            self.num_noted = end
 
     def begin_transfer(self) -> None:
         """Pin the blocks for a transfer from or to them."""

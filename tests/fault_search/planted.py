@@ -368,6 +368,11 @@ def a_guess_that_the_draft_model_has_not_read_counts_as_read(patch: Patch) -> No
 
 
 @_plant
+def a_shared_block_counts_as_read_by_the_draft_model(patch: Patch) -> None:
+    patch.setattr(BlockPool, "count_read", lambda self, block_ids: len(block_ids))
+
+
+@_plant
 def a_draft_takes_the_blocks_of_others(patch: Patch) -> None:
     def room(self: StepPlanner, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
         room = original(self, instance, allocation, num_drafts)
@@ -466,9 +471,9 @@ def the_only_instance_may_be_removed_while_it_is_lost(patch: Patch) -> None:
 FOUND_BY = {
     "a_late_lookup_is_never_given_up": 93,
     "what_a_lookup_has_found_is_believed": 100,
-    "copies_of_tiers_do_not_pin": 288,
+    "copies_of_tiers_do_not_pin": 105,
     "a_block_with_a_wrong_checksum_is_used": 1008,
-    "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 394,
+    "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 698,
     "steps_do_not_pin": 20,
     "transfers_do_not_pin": 39,
     "blocks_are_free_one_pin_early": 20,
@@ -483,12 +488,12 @@ FOUND_BY = {
     "rows_after_a_lost_row_count": 148,
     "the_steps_of_an_ended_worker_are_forgotten": 29,
     "sent_is_taken_for_received": 3,
-    "a_broken_link_unpins_at_once": 79,
+    "a_broken_link_unpins_at_once": 114,
     "decoding_begins_before_the_last_transfer": 1,
     "new_memory_keeps_the_old_prefix_cache": 0,
     "a_worker_gets_no_history": 0,
     "another_workers_state_is_taken_for_current": 63,
-    "tokens_under_an_earlier_scheduler_are_forgotten": 33,
+    "tokens_under_an_earlier_scheduler_are_forgotten": 42,
     "no_worker_learns_of_a_lost_step": 53,
     "a_decode_does_not_grow_its_table": 1,
     "an_activated_sequence_wakes_no_instance": 0,
@@ -499,11 +504,12 @@ FOUND_BY = {
     "kv_that_arrives_before_its_step_has_ended_is_not_decoded": 20,
     "parts_of_several_ranks_stay_unmerged": 16,
     "a_prompt_that_is_computed_again_is_scored_again": 20,
-    "the_only_instance_may_be_removed_while_it_is_lost": 170,
+    "the_only_instance_may_be_removed_while_it_is_lost": 121,
     "a_wrong_guess_is_accepted": 0,
     "a_position_behind_a_draft_is_skipped": 0,
     "a_draft_has_no_blocks": 0,
     "a_row_follows_a_draft_whose_result_is_not_known": 4,
     "a_draft_takes_the_blocks_of_others": 40,
-    "a_guess_that_the_draft_model_has_not_read_counts_as_read": 0,
+    "a_guess_that_the_draft_model_has_not_read_counts_as_read": 3,
+    "a_shared_block_counts_as_read_by_the_draft_model": 4,
 }
