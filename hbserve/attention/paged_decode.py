@@ -58,12 +58,9 @@ def _in_registers(values, operand: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def _scores(query, key, key_scale, seen, is_fp8: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Multiply queries by keys, which in FP8 have a scale; keys that are not seen get the lowest score."""
-    score = tl.dot(query, tl.trans(key))
-    if is_fp8:
-        score *= key_scale
-    return tl.where(seen[None, :], score, -1e30)
+def _scores(query, key, seen):  # type: ignore[no-untyped-def]
+    """Multiply queries by keys; those that are not seen get the lowest score."""
+    return tl.where(seen[None, :], tl.dot(query, tl.trans(key)), -1e30)
 
 
 @triton.jit(do_not_specialize=["capacity"])  # one kernel for many batch sizes
@@ -112,8 +109,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     query = tl.load(q + heads[:, None] * head_dim + lane[None, :], mask=in_group & in_head, other=0.0)
-    # softmax in base 2, because exp2 is one instruction: the scale includes log2(e)
-    query = (query.to(tl.float32) * (scale * 1.4426950408889634)).to(operand)
+    # Softmax in base 2, because exp2 is one instruction: the scale includes log2(e). It includes that of keys, too:
+    # a query that becomes subnormal in float16 is off by 2^-25, which keys of up to 448 make 10^-4 of a score.
+    query = (query.to(tl.float32) * (scale * 1.4426950408889634 * key_scale)).to(operand)
     highest = tl.full((query_rows,), -1e30, tl.float32)
     total = tl.zeros((query_rows,), tl.float32)
     weighted = tl.zeros((query_rows, lanes), tl.float32)
@@ -125,7 +123,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         new_value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         key = tl.where(is_newest[:, None], new_key.to(operand), early_key.to(operand))
         value = tl.where(is_newest[:, None], _in_registers(new_value, operand), _in_registers(early_value, operand))
-        score = _scores(query, key, key_scale, token < end, is_fp8)
+        score = _scores(query, key, token < end)
         highest = tl.max(score, axis=1)
         weight = tl.exp2(score - highest[:, None])
         total = tl.sum(weight, axis=1)
@@ -140,7 +138,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0).to(operand)
         value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         value = _in_registers(value, operand)
-        score = _scores(query, key, key_scale, in_piece, is_fp8)
+        score = _scores(query, key, in_piece)
         new_highest = tl.maximum(highest, tl.max(score, axis=1))
         shrink = tl.exp2(highest - new_highest)
         weight = tl.exp2(score - new_highest[:, None])
