@@ -28,6 +28,12 @@ from hbserve.scheduler.worker import WorkerHandle
 
 _MAX_STORE_BYTES = 64 << 20
 """Bytes of one store job. Its blocks stay pinned until all of it has been copied."""
+_MIN_STORE_BYTES = 16 << 20
+"""Bytes that are worth a store job at once. Decoding sequences seal a few blocks in each step, and a job for each step
+would cost scheduler and workers as many messages as the steps themselves."""
+_MAX_STORE_DELAY_S = 0.02
+"""How long fewer bytes wait for others, to the next step of the scheduler. A sequence that has just sealed a block has
+more steps, or ends, and then its blocks are pending and do not wait."""
 _MAX_STORE_JOBS = 2
 """Store jobs in flight at one instance and tier: one is copied while the next one is on its way."""
 _MAX_BACKLOG = 0.125
@@ -83,9 +89,10 @@ class _Job:
 
 @dataclass(slots=True)
 class _Offer:
-    """Sealed blocks that wait to be stored; their allocation is pinned."""
+    """Sealed blocks that wait to be stored; their allocation is pinned. ``due``: when they need not wait for others."""
 
     allocation: KVAllocation
+    due: float
     blocks: deque[tuple[bytes, int]] = field(default_factory=deque)
 
 
@@ -192,7 +199,7 @@ class KVTiers:
                 tier.directory.stats.skipped_blocks += len(absent)
                 continue
             allocation.begin_copy()
-            offers.append(_Offer(allocation, deque(absent)))
+            offers.append(_Offer(allocation, self._clock.now + _MAX_STORE_DELAY_S, deque(absent)))
 
     def dispatch(self) -> None:
         """Send offered blocks on their way, as many as may be under way at a time. A tier that rests gets none."""
@@ -200,9 +207,18 @@ class KVTiers:
             while offers and tier.rests_until > self._clock.now:
                 tier.directory.stats.skipped_blocks += len(offers[0].blocks)
                 self._drop(instance, offers.popleft())
-            while offers and self._num_stores(instance, tier) < _MAX_STORE_JOBS:
+            while self._are_due(instance, offers) and self._num_stores(instance, tier) < _MAX_STORE_JOBS:
                 if not self._store(instance, tier, offers):
                     break
+
+    def _are_due(self, instance: InstanceHandle, offers: deque[_Offer]) -> bool:
+        """Whether a store job is worth its messages, or its blocks have waited long enough, or others wait for them."""
+        if not offers or instance.hello is None:
+            return False
+        if offers[0].due <= self._clock.now or instance.pool.num_pending_blocks:
+            return True
+        enough = min(_MIN_STORE_BYTES / instance.hello.block_bytes, _MAX_BACKLOG / 2 * instance.pool.total_blocks)
+        return sum(len(offer.blocks) for offer in offers) >= enough
 
     def _num_stores(self, instance: InstanceHandle, tier: Tier) -> int:
         jobs = self._jobs.values()
@@ -218,22 +234,19 @@ class KVTiers:
         blocks: list[int] = []
         while offers and len(blocks) < max(1, _MAX_STORE_BYTES // block_bytes):
             offer = offers[0]
+            key, block = offer.blocks.popleft()
+            entry = None if key in tier.directory else tier.directory.begin_store(key)
+            if entry is not None:
+                job.entries.append(entry)
+                blocks.append(block)
+                if not job.allocations or job.allocations[-1] is not offer.allocation:
+                    offer.allocation.begin_copy()
+                    job.allocations.append(offer.allocation)
+            elif key not in tier.directory:
+                tier.directory.stats.skipped_blocks += 1
             if not offer.blocks:
                 offers.popleft()
                 self._drop(instance, offer)
-                continue
-            key, block = offer.blocks.popleft()
-            if key in tier.directory:
-                continue
-            entry = tier.directory.begin_store(key)
-            if entry is None:
-                tier.directory.stats.skipped_blocks += 1
-                continue
-            job.entries.append(entry)
-            blocks.append(block)
-            if not job.allocations or job.allocations[-1] is not offer.allocation:
-                offer.allocation.begin_copy()
-                job.allocations.append(offer.allocation)
         if blocks:
             keys, slots = [entry.key for entry in job.entries], [entry.slot for entry in job.entries]
             job_id = self._begin(job)

@@ -163,6 +163,18 @@ def test_sealed_blocks_are_stored_once_and_pinned_until_they_are() -> None:
     assert (system.stats["stored_blocks"], system.stats["stored_bytes"], system.stats["blocks"]) == (4, 4 << 20, 4)
 
 
+def test_a_few_sealed_blocks_wait_for_others() -> None:
+    system = System(num_blocks=100)
+    system.is_paused = True
+    system.ask([*range(1, 41)], max_tokens=100)
+    withheld, system._withheld = system._withheld, []
+    system.step(*withheld)
+    assert not system.copies  # two blocks of 1 MiB
+    system.step(seconds=0.03)
+    [store] = system.copies
+    assert len(store.keys) == 2
+
+
 def test_a_prompt_that_was_evicted_is_loaded_and_only_its_tail_is_computed() -> None:
     system = System()
     system.stored_and_evicted()
