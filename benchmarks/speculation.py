@@ -103,10 +103,13 @@ def _run_draft_model(
         with LLM(model, **engine, speculation_model=draft_model) as llm:
             _warm_up(llm)
             for batch, (prompts, sampling, expected, base) in plain.items():
+                outputs = {one.seed: output for one, output in zip(sampling, expected, strict=True)}
+                known = {"prompt_tokens": arguments.prompt_tokens, "outputs": outputs}
+                forced.write_text(json.dumps(known | {"acceptance": 1.0}))
+                short = [msgspec.structs.replace(one, max_tokens=32) for one in sampling]
+                _generate(llm, prompts, short)  # both models have then read the prompts
                 for acceptance in arguments.acceptance:
-                    outputs = {one.seed: output for one, output in zip(sampling, expected, strict=True)}
-                    known = {"acceptance": acceptance, "prompt_tokens": arguments.prompt_tokens, "outputs": outputs}
-                    forced.write_text(json.dumps(known))
+                    forced.write_text(json.dumps(known | {"acceptance": acceptance}))
                     found_outputs, found = _generate(llm, prompts, sampling)
                     line = {"batch": batch, "acceptance": acceptance, "draft_model": arguments.draft_model} | found
                     _show(lines, line, base, _equal(found_outputs, expected))
