@@ -257,7 +257,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "minimax_m2": {
         "model_type": "minimax_m2",
-        "head_dim": 32,
+        "head_dim": 48,
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
         "rotary_dim": 16,
