@@ -38,6 +38,11 @@ def draw(stats: dict[str, Any], semi_pd: dict[str, Any]) -> str:
         f"completed {scheduler['completed_requests']}, failed {scheduler['failed_requests']}",
         f"throughput {window['prefill_throughput']:.0f} prompt tokens/s, {window['decode_throughput']:.0f} tokens/s",
     ]
+    drafters = {name: counts for name, counts in scheduler["speculation"].items() if counts["drafted_tokens"]}
+    if drafters:
+        shares = [f"{name} {one['accepted_tokens'] / one['drafted_tokens']:.0%}" for name, one in drafters.items()]
+        num_right, num_drafts = (sum(one[key] for one in drafters.values()) for key in ("accepted_tokens", "drafts"))
+        lines.append(f"drafts     {num_right / num_drafts:.1f} tokens right of each ({', '.join(shares)})")
     for name in ("ttft", "tpot", "itl"):
         percentiles = {percent: window[f"{name}_p{percent}_ms"] for percent in (50, 95, 99)}
         values = ", ".join(f"p{percent} {value:.1f}" for percent, value in percentiles.items() if value)

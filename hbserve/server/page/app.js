@@ -74,6 +74,7 @@ function showTiles(data, view, queues, metrics) {
     ["TPOT p95", latency(view.tpot_p95_ms), target(tpotTarget), late(view.tpot_p95_ms, tpotTarget)],
     ["KV in use", `${number(100 * (metrics.queues?.kv_usage ?? 0), 1)} %`, "of the fullest pool"],
     ["Failed", number(counts.failed_requests), `retries ${number(counts.retries)}, preemptions ${number(counts.preemptions)}`, counts.failed_requests > 0],
+    ...draftTile(counts.speculation),
   ];
   const box = by("tiles");
   if (box.children.length !== tiles.length) {
@@ -88,6 +89,15 @@ function showTiles(data, view, queues, metrics) {
     tile.classList.toggle("late", isLate === true);
     [name, value, note].forEach((content, part) => { tile.children[part].textContent = content; });
   });
+}
+
+// Right guesses of a draft, and how often each drafter is right; nothing where no draft has been verified.
+function draftTile(speculation) {
+  const used = Object.entries(speculation ?? {}).filter(([, drafter]) => drafter.drafted_tokens > 0);
+  if (!used.length) return [];
+  const sum = (name) => used.reduce((total, [, drafter]) => total + drafter[name], 0);
+  const share = ([name, drafter]) => `${name} ${number(100 * drafter.accepted_tokens / drafter.drafted_tokens)} %`;
+  return [["Right per draft", number(sum("accepted_tokens") / sum("drafts"), 1), used.map(share).join(", ")]];
 }
 
 // If workers share a GPU, the share that each phase has; else how busy each worker is.
