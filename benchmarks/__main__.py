@@ -18,6 +18,7 @@ _EXPERIMENTS = {
     "isolation": "what large, slow and malformed requests of one client do to the streams of others",
     "auto": "mode auto on a simulated GPU beside hand-tuned workers, static splits and the bound",
     "compare": "the highest rates of several systems, beside the simulator's",
+    "best_effort": "best-effort requests beside others: what they cost these, and what they get",
     "agreement": "how far the simulator is from runs that were measured",
     "replan": "gaps of streams while roles change, and what learning a profile delays",
     "scheduler": "what the scheduler's core costs: CPU time of a step, by the size of the batch",

@@ -6,6 +6,7 @@ The client, this process, sends the load from one event loop. The system runs in
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import statistics
 import sys
@@ -30,6 +31,8 @@ from hbserve.errors import ConfigError, RequestFailedError
 _LONE_REQUESTS = 5
 _LONE_OUTPUT_LEN = 64
 _SETTLE_S = 60.0
+_lone_prompts = itertools.count(1 << 29)
+"""Seeds of prompts outside of the runs. No two are equal: a target that serves several loads would have one cached."""
 
 
 def run(options: ServeOptions) -> None:
@@ -126,14 +129,14 @@ class ServeBenchmark:
     async def _warm_up(self, workload: ServeWorkload) -> None:
         """Send a short, a mean and a long request, so that no measured one pays for first-time work."""
         longest = max(request.input_len for request in workload.requests)
-        for number, length in enumerate((16, workload.mean_input_len, longest)):
-            await self._alone(workload.draw_tokens(1 << 30 | number, length), 4)
+        for length in (16, workload.mean_input_len, longest):
+            await self._alone(workload.draw_tokens(next(_lone_prompts), length), 4)
 
     async def _measure_alone(self, workload: ServeWorkload) -> dict[str, float]:
         """Measure requests of the workload's mean prompt length, one at a time; return medians."""
         ttfts, tpots = [], []
-        for number in range(_LONE_REQUESTS):
-            prompt = workload.draw_tokens(1 << 29 | number, workload.mean_input_len)
+        for _ in range(_LONE_REQUESTS):
+            prompt = workload.draw_tokens(next(_lone_prompts), workload.mean_input_len)
             times = await self._alone(prompt, _LONE_OUTPUT_LEN)
             ttfts.append(times[0])
             tpots.append((times[-1] - times[0]) / (_LONE_OUTPUT_LEN - 1))

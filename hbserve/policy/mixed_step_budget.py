@@ -23,7 +23,7 @@ from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_
 
 _MAX_AHEAD = 8.0
 """Intervals that decode can be ahead or behind by the account; more is forgotten."""
-_LEAD_KEPT = 0.75
+_LEAD_KEPT = 0.95
 """Part of the largest lead that best-effort work does not touch: it is for prompts that come all at once."""
 MIN_TOKENS = 128
 """Prompt tokens in a step beside decode rows with a target, however long they take: prompts must make progress."""

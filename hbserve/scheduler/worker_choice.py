@@ -32,7 +32,7 @@ _STEP_SHARE = 0.25
 """Share of the TTFT target that a step of prompts may take: what comes while it runs waits for its end."""
 _BATCH_SHARE = 0.1
 """The same of a step with nothing but best-effort work."""
-_BATCH_DELAY = 0.03
+_BATCH_DELAY = 0.0125
 """Share of the TTFT target by which best-effort work may lengthen a step with other work."""
 PHASES = (InstanceRole.DECODE, InstanceRole.PREFILL)
 _PHASES_OF_ONE = {
