@@ -151,6 +151,8 @@ class ModelSpec:
             weight_format = read_weight_format(document)
             given = {key: document[key] for key in {*_CONFIG_KEYS, *family.config_keys} if key in document}
             check_rope_numbers(given)
+            if model_type not in CONFIG_MAPPING:
+                raise ModelError(f"the installed transformers does not know model_type {model_type!r}; use a later one")
             try:
                 config = CONFIG_MAPPING[model_type].from_dict(given)
             except Exception as error:  # transformers raises many kinds, some of them bare Exception

@@ -47,3 +47,12 @@ def test_a_key_without_a_usable_value_is_refused(name: str, tmp_path: Path) -> N
             (tmp_path / "config.json").write_text(json.dumps(document | {key: value}))
             with contextlib.suppress(ModelError):
                 ModelSpec.load(tmp_path)
+
+
+def test_a_class_that_the_installed_transformers_lacks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.delitem(CONFIG_MAPPING._mapping, "llama")
+    with pytest.raises(ModelError, match="installed transformers does not know model_type 'llama'; use a later one"):
+        ModelSpec.load(tmp_path)
