@@ -20,6 +20,8 @@ from hbserve.messages.tiers import HostMemory
 from hbserve.model_store import with_model_folder
 from hbserve.process import child
 from hbserve.process.stopwatch import Stopwatch, process_start
+from hbserve.rpc.cluster_key import ClusterKey
+from hbserve.rpc.instance_line import RpcServer, bind_address
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.rank_group import EXIT_RANK_LOST, RankGroup
 from hbserve.worker.standby import stand_by
@@ -47,6 +49,7 @@ def run_instance(
     the level of its log from ``read_again``. Other arguments as `WorkerProcess`.
 
     Args:
+        address: where to listen for the scheduler; an address in use is an error before anything slow is imported.
         ranks: the instance's other ranks, on standby; None: they are started here.
         stopwatch: running since the start of the process.
 
@@ -58,6 +61,7 @@ def run_instance(
     is_launched = child.STATUS_FD_VARIABLE in os.environ
     config = with_model_folder(config)
     _name_process(config, instance)
+    rpc = _listen(config, instance, address)
     if ranks is None:
         how = Standby(model=config.model.path, on_gpu=False, yields=False)
         ranks = RankGroup(instance.num_ranks, instance.instance_id, how, _end_without_rank)
@@ -65,7 +69,7 @@ def run_instance(
     from hbserve.worker.worker_process import WorkerProcess
 
     stopwatch.lap("imports")
-    worker = WorkerProcess(config, instance, address, ranks, stopwatch=stopwatch, join_client=join_client, host=host)
+    worker = WorkerProcess(config, instance, rpc, ranks, stopwatch=stopwatch, join_client=join_client, host=host)
     if is_launched:
         child.watch_parent(worker.stop)
         child.watch_signals(worker.stop)
@@ -88,10 +92,14 @@ def run_worker(
     from hbserve.worker.worker_process import WorkerProcess
 
     _name_process(config, instance)
-    worker = WorkerProcess(config, instance, address, ranks, stopwatch, shared, host=host)
+    worker = WorkerProcess(config, instance, _listen(config, instance, address), ranks, stopwatch, shared, host=host)
     child.watch_parent(worker.stop)
     child.watch_signals(worker.stop)
     return worker.run()
+
+
+def _listen(config: Config, instance: InstanceConfig, address: str) -> RpcServer:
+    return RpcServer(bind_address(instance, address), ClusterKey.of(config), instance.instance_id)
 
 
 def _end_without_rank(why: str) -> None:

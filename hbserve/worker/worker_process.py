@@ -47,8 +47,7 @@ from hbserve.messages.worker import (
 from hbserve.process import child, event_loop
 from hbserve.process.events import log_event
 from hbserve.process.stopwatch import Stopwatch
-from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.rpc.instance_line import RpcServer, bind_address
+from hbserve.rpc.instance_line import RpcServer
 from hbserve.worker import events
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.loaded_rank import loaded_rank
@@ -94,7 +93,7 @@ class WorkerProcess:
     Args:
         config: of the system.
         instance: which of its instances this is.
-        address: where to listen for the scheduler.
+        rpc: listens for the scheduler.
         ranks: its other ranks, on standby.
         stopwatch: measures the parts of the start.
         shared: None: the worker makes its own arenas, and has its device for itself.
@@ -110,7 +109,7 @@ class WorkerProcess:
         self,
         config: Config,
         instance: InstanceConfig,
-        address: str,
+        rpc: RpcServer,
         ranks: RankGroup,
         stopwatch: Stopwatch,
         shared: SharedDevice | None = None,
@@ -126,7 +125,7 @@ class WorkerProcess:
         self._wants_to_leave = self._is_serving = False
         self._ranks, self._kill_ranks = ranks, ranks.kill
         self._stopwatch, self._shared = stopwatch, shared
-        self._rpc = RpcServer(bind_address(instance, address), ClusterKey.of(config), instance.instance_id)
+        self._rpc = rpc
         self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, float] | None] = queue.SimpleQueue()
         self._events: events.EventQueue[events.WorkerEvent] = events.EventQueue(self._on_event)
