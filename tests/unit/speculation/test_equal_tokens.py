@@ -70,7 +70,8 @@ def test_a_draft_model_changes_no_token_and_the_model_itself_is_always_right(mod
     """The model drafts for itself, or another one does, with kept and with missing KV, for every kind of sampling."""
     save_model(tmp_path / "model", "qwen3")
     save_model(tmp_path / "draft", "llama" if model == "another" else model)
-    runner = make_runner(tmp_path / "model", draft_model=str(tmp_path / "draft"))
+    fp8 = {"kv_dtype": "fp8", "quantization": "fp8"} if model == "another" else {}
+    runner = make_runner(tmp_path / "model", draft_model=str(tmp_path / "draft"), **fp8)
     prompts = [make_prompt(length) for length in (3, 16, 31, 33, 20, 5)]
     outputs, rates = [], []
     for drafts in (False, True):
@@ -85,7 +86,7 @@ def test_a_draft_model_changes_no_token_and_the_model_itself_is_always_right(mod
         outputs.append(
             driver.run(
                 *(
-                    driver.add(prompt, NUM_NEW, slot, sampling=sampling, end_token_ids=END_TOKENS)
+                    driver.add(prompt, 24, slot, sampling=sampling, end_token_ids=END_TOKENS)
                     for slot, (prompt, sampling) in enumerate(zip(prompts, ALL_SAMPLING, strict=True))
                 )
             )
@@ -93,9 +94,9 @@ def test_a_draft_model_changes_no_token_and_the_model_itself_is_always_right(mod
         rates.append(driver.num_accepted / max(driver.num_drafted, 1))
     assert outputs[0] == outputs[1]
     assert rates[1] < 1  # penalties, biases and truncation change what the model would say
-    plain = [driver.add(prompt, NUM_NEW, slot) for slot, prompt in enumerate(prompts)]
+    plain = [driver.add(prompt, 24, slot) for slot, prompt in enumerate(prompts)]
     driver.num_drafted = driver.num_accepted = 0
     driver.run(*plain)
-    assert driver.num_drafted > 100
+    assert driver.num_drafted > 60
     if model != "another":
         assert driver.num_accepted == driver.num_drafted

@@ -152,7 +152,6 @@ def mean_time_s(model: Model, batch: int, acceptance: float | None) -> float:
     ("model", "batch", "min_gain_at_0_7", "min_gain_at_0_9"),
     [
         (LARGE, 1, 1.8, 3.0),
-        (LARGE, 12, 1.4, 2.2),
         (LARGE, 64, 1.05, 1.3),
         (SMALL, 1, 1.25, 2.8),
         (WITH_DRAFT_MODEL, 1, 1.1, 1.8),
