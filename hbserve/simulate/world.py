@@ -8,7 +8,7 @@ from typing import Any
 
 from hbserve.config import Config, InstanceRole
 from hbserve.messages.admin import GetStats, Stats
-from hbserve.messages.client import AddRequest, ClientMessage, SchedulerReply
+from hbserve.messages.client import AddRequest, ClientMessage, OutputBatch, SchedulerReply
 from hbserve.messages.worker import InstanceReply
 from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.sampling_params import SamplingParams
@@ -36,6 +36,7 @@ class SimulatedSystem:
 
     Attributes:
         devices: by instance.
+        on_outputs: called with each batch of outputs; None: nobody asks.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class SimulatedSystem:
         self._is_woken = False
         self._alarm: Event | None = None
         self._alarm_at = math.inf
+        self.on_outputs: Callable[[OutputBatch], None] | None = None
         self._replies: list[SchedulerReply] = []
         self._open: dict[str, SimulatedRequest] = {}
         self._num_requests = 0
@@ -161,6 +163,8 @@ class SimulatedSystem:
         for client, reply in outbox.to_clients:
             if client != _CLIENT:
                 self._replies.append(reply)
+            elif self.on_outputs is not None and isinstance(reply, OutputBatch):
+                self.on_outputs(reply)
         for connection in outbox.disconnects:
             del self._connection_of[self._connections.pop(connection).id]
         for ended in outbox.ended:

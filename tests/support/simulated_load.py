@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
+
 from hbserve.config import InstanceRole, LadderConfig, SemiPDConfig, SLOConfig
 from hbserve.policy.step_time_predictor import StepTimePredictor
 from hbserve.simulate.config import Sizes, make_config
@@ -57,3 +59,45 @@ def shared_gpu(
     )
     system = SimulatedSystem(make_config([InstanceRole.SEMI_PD], sizes, semi_pd), steps, sizes.num_blocks)
     return system, SimulatedRotation(system, next(iter(system.devices)), split)
+
+
+KINDS = ("bursts", "tails", "documents", "mixture")
+
+
+def drawn(kind: str, rate: float, count: int, seed: int) -> list[SimulatedRequest]:
+    """Draw a load that no trace and no standard load is like.
+
+    Args:
+        kind: ``bursts``: six completions at once. ``tails``: lengths of prompts and outputs have Pareto tails.
+            ``documents``: questions about a few long documents, which come first in the prompts. ``mixture``: short
+            prompts, and now and then a very long one.
+        rate: requests per second, in the mean.
+    """
+    rng = np.random.default_rng([seed, KINDS.index(kind)])
+
+    def lognormal(mean: float, sigma: float) -> np.ndarray:
+        return rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
+
+    times = np.cumsum(rng.exponential(1 / rate, count))
+    outputs = lognormal(30, 0.8)
+    blocks: list[tuple[int, ...]] = [()] * count
+    if kind == "bursts":
+        times, prompts = np.sort(times[::6].repeat(6)[:count] + rng.exponential(0.1, count)), lognormal(1500, 1.0)
+    elif kind == "tails":
+        prompts, outputs = 400 * (1 + rng.pareto(1.4, count)), 12 * (1 + rng.pareto(1.6, count))
+    elif kind == "documents":
+        documents = rng.zipf(1.4, count).clip(1, 12).tolist()
+        prompts = lognormal(600, 0.8)
+        blocks = [tuple(range(100 * document, 100 * document + 6 + document)) for document in documents]
+    else:
+        prompts = np.where(rng.random(count) < 0.08, lognormal(14_000, 0.4), lognormal(900, 0.8))
+    return [
+        SimulatedRequest(time, 512 * len(named) + prompt, output, named)
+        for time, prompt, output, named in zip(
+            times.tolist(),
+            prompts.clip(16, 30_000).astype(int).tolist(),
+            outputs.clip(1, 300).astype(int).tolist(),
+            blocks,
+            strict=True,
+        )
+    ]
