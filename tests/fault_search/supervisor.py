@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from hbserve.config import InstanceRole
+from hbserve.messages.admin import RemoveInstance
 from hbserve.messages.client import SchedulerReply
 from hbserve.messages.membership import Join, Joined
 from hbserve.messages.supervisor import SetWorkers, WorkerLost, WorkerSpec
@@ -49,6 +50,10 @@ class Launcher:
         self.has_left = is_dismissed
         if not is_dismissed:
             self.world.after(self.world.rng.uniform(0.05, 1.0), self.start)
+            return
+        # A scheduler that was started since the removal does not know of it.
+        message = RemoveInstance(query_id=0, instance_id=self.instance_id, deadline_s=0.0, has_ended=True)
+        self.world.from_client(b"launcher", self.world.scheduler.number, message)
 
     @property
     def workers(self) -> list[Worker]:
