@@ -14,7 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hbserve.bench.arguments import add_load_arguments, check_new_file, positive, positive_float, run_command
+from hbserve.bench.arguments import (
+    add_load_arguments,
+    check_new_file,
+    positive,
+    positive_float,
+    run_command,
+    share,
+)
 from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
@@ -86,6 +93,12 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="each system also with a tier in the host's memory that holds N tokens (kv_cache.host_bytes)",
     )
+    parser.add_argument(
+        "--acceptance",
+        type=share,
+        metavar="SHARE",
+        help="each system also with drafts, of whose tokens so many are right (speculation)",
+    )
     parser.add_argument("--misses", action="store_true", help="say which target was missed and why (with --rate)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes to this file")
 
@@ -154,7 +167,7 @@ def _missed(misses: list[Miss]) -> str:
 
 
 def _settings(arguments: argparse.Namespace) -> list[Setting]:
-    """Return the setting without a tier in the host's memory and, if that is asked for, the one with it."""
+    """Return the plain setting and, if they are asked for, one with a tier in the host's memory and one with drafts."""
     profile = None if arguments.profile is None else load_profile(arguments.profile)
     steps = profiled_predictor(profile, priority=not arguments.no_priority)
     sizes = Sizes(
@@ -165,9 +178,9 @@ def _settings(arguments: argparse.Namespace) -> list[Setting]:
         scheduler=SchedulerConfig(policy=arguments.policy),
     )
     setting = Setting(steps, steps, sizes, RequestTargets.parse(arguments.goodput), arguments.attainment)
-    if arguments.host_tokens is None:
-        return [setting]
-    return [setting, dataclasses.replace(setting, sizes=dataclasses.replace(sizes, host_tokens=arguments.host_tokens))]
+    others = [{"host_tokens": arguments.host_tokens}, {"acceptance": arguments.acceptance}]
+    others = [other for other in others if None not in other.values()]
+    return [setting, *(dataclasses.replace(setting, sizes=dataclasses.replace(sizes, **other)) for other in others)]
 
 
 def _source(arguments: argparse.Namespace) -> WorkloadSource:

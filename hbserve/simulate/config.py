@@ -32,6 +32,7 @@ class Sizes:
     Attributes:
         kv_tokens: tokens that its KV pool holds.
         host_tokens: tokens that a tier in the host's memory holds for all instances; 0: there is none.
+        acceptance: how often a token that is guessed is right; None: nothing guesses.
         scheduler: order of its queue.
         placement: choice of the instance for a request, see `PerformanceConfig`.
     """
@@ -42,6 +43,7 @@ class Sizes:
     max_num_seqs: int = 256
     kv_tokens: int = 800_000
     host_tokens: int = 0
+    acceptance: float | None = None
     scheduler: SchedulerConfig = _DEFAULT_ORDER
     placement: Literal["least_loaded", "fcfs", "prefix_aware"] = "least_loaded"
 

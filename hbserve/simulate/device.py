@@ -6,6 +6,8 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from hbserve.config import InstanceRole
 from hbserve.messages.tiers import LoadBlocks, StoreBlocks
 from hbserve.messages.transfer import (
@@ -36,10 +38,12 @@ from hbserve.simulate.clock import Event, Progress, SimulatedClock
 from hbserve.simulate.config import BLOCK_SIZE
 from hbserve.simulate.requests import VOCAB_SIZE
 from hbserve.simulate.tiers import SimulatedHostTier, SimulatedLanes
+from hbserve.speculation.rounds import next_round
 
 PLAN_DELAY_S = 2e-3
 """Time from a decision to a step with prompts that is ready on the device."""
 _SHORT_PLAN_DELAY_S = 1e-3
+_ROUND_DELAY_S = 0.2e-3
 """The same for a step that only decodes: its plan is small."""
 _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
 _TRANSFER_BYTES_PER_S = 357e9  # NCCL between two H200s, 256 MiB at a time
@@ -51,14 +55,14 @@ Send = Callable[[InstanceReply], None]
 
 
 def _work_of(rows: Iterable[PlanRow]) -> StepWork:
-    """Return what a step computes; a row of one token counts as a decoding sequence."""
+    """Return what a step computes. A row of one token counts as a decoding sequence, and each guess as one more."""
     tokens = batch = context = 0
     pairs = 0.0
     for row in rows:
         count = row.num_tokens
-        if count == 1:
-            batch += 1
-            context += row.start
+        if count == 1 + row.num_drafts:
+            batch += count
+            context += count * row.start
         else:
             tokens += count
             pairs += num_pairs(count, row.start)
@@ -164,7 +168,7 @@ class SimulatedWorker:
         """Take a message of the scheduler."""
         match command:
             case StepPlan():
-                prompts = any(row.num_tokens > 1 for row in command.rows)
+                prompts = any(row.num_tokens > 1 + row.num_drafts for row in command.rows)
                 delay_s = PLAN_DELAY_S if prompts else _SHORT_PLAN_DELAY_S
                 self._ready_at = max(self._ready_at, self._clock.now + delay_s)  # plans are prepared in order
                 self._plans.append((command, self._ready_at))
@@ -241,17 +245,27 @@ class SimulatedWorker:
         self.progress = None
         if self.device.on_step is not None:
             self.device.on_step(self, plan.step_id, began)
-        self._send(
-            StepResult(
-                epoch=self._epoch,
-                step_id=plan.step_id,
-                token_ids=[0] * sum(row.sample for row in plan.rows),
-                logprobs=None,
-                busy_s=now - began,
-                early_s=self._last_end - ready_at,
-            )
+        result = StepResult(
+            epoch=self._epoch,
+            step_id=plan.step_id,
+            # each token is its position: so a guess is found at its place alone
+            token_ids=[
+                (row.start + row.num_tokens - row.num_drafts + place) % VOCAB_SIZE
+                for row in plan.rows
+                for place in range(row.num_samples)
+            ],
+            logprobs=None,
+            busy_s=now - began,
+            early_s=self._last_end - ready_at,
         )
+        following = next_round(plan, result, lambda slot: ())
+        self._send(msgspec.structs.replace(result, more=following is not None))
         self._last_end = now
+        if following is not None:
+            self._plans.appendleft((following, now + _ROUND_DELAY_S))
+            self.device.set_speeds()
+            self.begin_next()
+            return
         for blocks in plan.sends:
             self._send_blocks(blocks, now - began)
         self.device.set_speeds()

@@ -120,8 +120,9 @@ class Setting:
         return SLOConstraints(self.targets.ttft_ms, self.targets.tpot_ms, percent, percent)
 
     def name_of(self, system: System) -> str:
-        """Return a system's name, which says whether it has a tier in the host's memory."""
-        return f"{system.name}+host" if self.sizes.host_tokens else system.name
+        """Return a system's name, which says whether it has a tier in the host's memory, and drafts."""
+        name = f"{system.name}+host" if self.sizes.host_tokens else system.name
+        return name if self.sizes.acceptance is None else f"{name}+drafts"
 
     def is_met(self, request: SimulatedRequest) -> bool:
         """Whether a request has ended and kept both targets."""
@@ -265,7 +266,13 @@ def build(
         )
     config = make_config(system.roles, sizes, _semi_pd(system, slo), shares_prefixes)
     world = SimulatedSystem(
-        config, setting.steps, sizes.num_blocks, slo.ttft_target_ms, tpot_ms, num_host_blocks=sizes.num_host_blocks
+        config,
+        setting.steps,
+        sizes.num_blocks,
+        slo.ttft_target_ms,
+        tpot_ms,
+        num_host_blocks=sizes.num_host_blocks,
+        acceptance=sizes.acceptance,
     )
     if system.allocation is None:
         return world, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from hbserve.scheduler.core_io import FromClient, FromWorker, InboxEvent, Outbox
 from hbserve.scheduler.scheduler import CpuScheduler
 from hbserve.simulate.clock import Event, SimulatedClock
 from hbserve.simulate.device import SimulatedDevice, SimulatedWorker
-from hbserve.simulate.requests import SimulatedRequest
+from hbserve.simulate.requests import VOCAB_SIZE, SimulatedRequest
 from hbserve.simulate.tiers import SimulatedHostTier
 
 _CLIENT = b"client"
@@ -33,6 +34,7 @@ class SimulatedSystem:
         num_blocks: of each instance's KV pool.
         ttft_target_ms, tpot_target_ms: targets that each request carries; None: none.
         num_host_blocks: of a tier in the host's memory; 0: there is none.
+        acceptance: how often a token that is guessed is right; None: nothing guesses.
 
     Attributes:
         devices: by instance.
@@ -47,6 +49,7 @@ class SimulatedSystem:
         ttft_target_ms: float | None = None,
         tpot_target_ms: float | None = None,
         num_host_blocks: int = 0,
+        acceptance: float | None = None,
     ) -> None:
         self.config = config
         self.clock = clock = SimulatedClock()
@@ -55,6 +58,7 @@ class SimulatedSystem:
             instance.instance_id: SimulatedDevice(clock, steps, num_blocks, number, host)
             for number, instance in enumerate(config.gpu_instances)
         }
+        self._acceptance = acceptance
         self._targets = ttft_target_ms, tpot_target_ms
         self._device_list = list(self.devices.values())
         self._listeners: dict[str, SimulatedWorker] = {}  # by address
@@ -218,6 +222,17 @@ class SimulatedSystem:
             priority="batch" if request.is_batch else None,
         )
         tokens = request.tokens(self._num_requests)
-        message = AddRequest(request_id=request_id, prompt_token_ids=tokens, end_token_ids=[], sampling=sampling)
+        predicted = None
+        if self._acceptance is not None:  # workers sample each token's position
+            rng = random.Random(self._num_requests)
+            ends = range(request.prompt_tokens, request.prompt_tokens + request.output_tokens)
+            predicted = [(end + (rng.random() >= self._acceptance)) % VOCAB_SIZE for end in ends]
+        message = AddRequest(
+            request_id=request_id,
+            prompt_token_ids=tokens,
+            end_token_ids=[],
+            sampling=sampling,
+            predicted_token_ids=predicted,
+        )
         self.post(FromClient(_CLIENT, message))
         self._expect(arrivals)

@@ -64,6 +64,17 @@ def test_a_lone_request_takes_what_its_steps_and_plans_take() -> None:
         assert request.tpot_ms == pytest.approx(decode_ms(2048 + 6, 100), rel=0.03)
 
 
+def test_right_guesses_save_time_in_every_mode() -> None:
+    for roles in ([InstanceRole.UNIFIED], [InstanceRole.PREFILL, InstanceRole.DECODE]):
+        times = []
+        for acceptance in (None, 0.8):
+            request = SimulatedRequest(0.0, 1024, 200)
+            system = SimulatedSystem(make_config(roles, SIZES), STEPS, SIZES.num_blocks, acceptance=acceptance)
+            system.serve([request])
+            times.append(request.tpot_ms)
+        assert times[1] < 0.6 * times[0]
+
+
 def test_without_a_ladder_the_share_stays_where_the_other_phase_is_idle() -> None:
     system, _ = shared_gpu(SMAllocation(50, 40), STEPS, SIZES, levels=())
     request = SimulatedRequest(0.0, 2048, 11)
