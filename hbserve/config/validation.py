@@ -318,10 +318,22 @@ def _validate(config: Config, is_whole: bool = True) -> None:
     _validate_speculation(config)
     _validate_kv_tiers(config)
     _validate_semi_pd(config)
+    _validate_targets(config)
     _validate_roles(config, is_whole)
     _require_key(config)
     _validate_addresses(config)
     _validate_launcher(config)
+
+
+def _validate_targets(config: Config) -> None:
+    if not config.scheduler.targets_are_soft:
+        return
+    if config.semi_pd.slo is not None:
+        raise _error(
+            "scheduler.targets_are_soft", "has no effect with semi_pd.slo, which keeps its targets; leave it out"
+        )
+    if config.scheduler.ttft_ms is None:
+        raise _error("scheduler.targets_are_soft", "needs scheduler.ttft_ms")
 
 
 def _validate_speculation(config: Config) -> None:

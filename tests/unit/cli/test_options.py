@@ -93,6 +93,7 @@ NEEDS = {
     "kv_transfer.mooncake_device": ("--kv_transfer.backend", "mooncake"),
     "launcher": ("--rpc.port", "50050"),
     "semi_pd.mixed": ("--semi_pd.ladder.unified", "[100]"),
+    "scheduler.targets_are_soft": ("--scheduler.ttft_ms", "300"),
     "speculation.model": ("--speculation.method", "draft_model"),
 }
 """Flags that a key needs beside its own."""

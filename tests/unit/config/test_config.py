@@ -113,6 +113,12 @@ TWO = (
         (MODEL + "semi_pd:\n  ladder:\n    decode:\n      - 100\n      - 101\n", 7, "[1]: must be in 1..100, got 101"),
         (MODEL + "semi_pd: {ladder: {unified: [50, 100]}}\n", 3, "unified: must be one percentage"),
         (MODEL + "semi_pd: {slo: {ttft_target_ms: .nan, tpot_target_ms: 1}}\n", 3, "ttft_target_ms: must be positive"),
+        (MODEL + "scheduler: {targets_are_soft: true}\n", 3, "targets_are_soft: needs scheduler.ttft_ms"),
+        (
+            MODEL + "scheduler: {targets_are_soft: true}\nsemi_pd: {slo: {ttft_target_ms: 9, tpot_target_ms: 1}}\n",
+            3,
+            "targets_are_soft: has no effect with semi_pd.slo",
+        ),
         (MODEL + "mode: turbo\n", 3, "mode: unknown value 'turbo'; valid are: auto, disaggregated, semi_pd, unified"),
         (
             MODEL + "performance:\n  placement: fcsf\n",
