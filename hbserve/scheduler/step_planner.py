@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -162,7 +163,8 @@ class StepPlanner:
             if draft is not None and draft.num_to_draft and not _pays_to_read(sequence, allocation):
                 draft = None
             if draft is not None:
-                is_late = instance.choice.is_late(sequence, allocation)
+                judge = functools.partial(instance.choice.is_late, sequence, allocation)
+                is_late = sequence.speculator.judge(len(tokens), judge)
                 candidates.append(Candidate(draft, position, position < len(tokens), is_late))
                 sequences.append(sequence)
         if not candidates:

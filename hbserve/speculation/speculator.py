@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -67,7 +68,7 @@ class Record:
         right, tried: guessed tokens, weighted. A token behind a wrong one was not tried.
         credit: weight of what the drafters of this name have shown for all sequences.
         guess: the last guess, after ``num_known`` tokens of the sequence.
-        of_all: the acceptance of all drafters of this name.
+        of_all: the acceptance of all drafters of this name; expected: its value at the sequence's last token.
     """
 
     right: float = 0.0
@@ -76,13 +77,17 @@ class Record:
     guess: list[int] = field(default_factory=list)
     num_known: int = 0
     of_all: Acceptance = field(default_factory=Acceptance)
+    expected: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.expected = self.of_all.value
 
     @property
     def acceptance(self) -> float:
         """Probability that a guessed token is right if those before it are: as for this sequence, and a little as for
         all. So sequences that have tried nothing yet learn from those that have.
         """
-        return (self.right + self.credit * self.of_all.value) / (self.tried + self.credit)
+        return (self.right + self.credit * self.expected) / (self.tried + self.credit)
 
     def settle(self, tokens: Items[int]) -> None:
         """Compare the last guess with the tokens that have come since."""
@@ -156,7 +161,15 @@ class Speculator:
             for drafter in drafters
         ]
         self._max_draft_tokens = max_draft_tokens
+        self._num_seen = self._num_judged = -1
+        self._is_late = False
         self._max_guesses = MAX_ROUNDS * (max_draft_tokens + 1)
+
+    def judge(self, num_tokens: int, is_late: Callable[[], bool]) -> bool:
+        """Return whether the sequence was late when it got its last token."""
+        if num_tokens != self._num_judged:
+            self._num_judged, self._is_late = num_tokens, is_late()
+        return self._is_late
 
     def expect(self, num_known: int, forced: list[int]) -> None:
         """Note tokens that the grammar forces, see `GrammarDrafter`."""
@@ -167,12 +180,15 @@ class Speculator:
     def draft(self, tokens: Items[int], max_tokens: int) -> Draft | None:
         """Guess the tokens after ``tokens``, the sequence's so far; None: no drafter has a guess."""
         best: Draft | None = None
+        has_grown, self._num_seen = len(tokens) != self._num_seen, len(tokens)
         for drafter, record in self._drafters:
             record.settle(tokens)
+            if has_grown:  # between two tokens the choice of a step must not change, as nothing wakes the instance
+                record.expected = record.of_all.value
             guess = drafter.draft(tokens, self._max_guesses)
             if drafter.name != ModelDrafter.name:
                 record.guess, record.num_known = guess[: self._max_draft_tokens], len(tokens)
-            elif not record.guess:  # what a draft model would guess is known only if it does
+            elif has_grown and not record.guess:  # what a draft model would guess is known only if it does
                 record.of_all.forget(_FORGETTING_OF_MODEL)
             if guess and max_tokens > 0 and (best is None or record.acceptance > best.record.acceptance):
                 best = Draft(guess, drafter.name, record).first(min(max_tokens, self._max_draft_tokens))

@@ -488,7 +488,7 @@ FOUND_BY = {
     "rows_after_a_lost_row_count": 148,
     "the_steps_of_an_ended_worker_are_forgotten": 29,
     "sent_is_taken_for_received": 3,
-    "a_broken_link_unpins_at_once": 114,
+    "a_broken_link_unpins_at_once": 334,
     "decoding_begins_before_the_last_transfer": 1,
     "new_memory_keeps_the_old_prefix_cache": 0,
     "a_worker_gets_no_history": 0,
