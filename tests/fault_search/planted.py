@@ -473,7 +473,7 @@ FOUND_BY = {
     "what_a_lookup_has_found_is_believed": 100,
     "copies_of_tiers_do_not_pin": 105,
     "a_block_with_a_wrong_checksum_is_used": 1008,
-    "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 698,
+    "a_late_load_is_waited_for_no_longer_but_keeps_its_blocks": 2399,
     "steps_do_not_pin": 20,
     "transfers_do_not_pin": 39,
     "blocks_are_free_one_pin_early": 20,
