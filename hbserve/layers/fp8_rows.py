@@ -18,9 +18,8 @@ from hbserve.layers.fused import add_residual
 from hbserve.platform.cuda_driver import overlaps
 from hbserve.weight_format import BLOCK_SIZE
 
-_MAX_LANES, _MAX_LANES_OF_MANY_ROWS, _MANY_ROWS = 16384, 4096, 512
-"""Values that a program holds; wider rows are computed twice, for their peak and for their values. Where many rows fill
-the GPU, more programs at a time are worth more than one pass: the second one finds the row in the L1 cache."""
+_MAX_LANES = 16384
+"""Values that a program holds; wider rows are computed twice, for their peak and for their values."""
 
 
 @triton.jit
@@ -165,8 +164,7 @@ def fp8_rows(layer: Fp8Linear, x: Tensor, out: Quantised | None = None, *, is_ga
     num_rows, size = x.shape[0], x.shape[1] // (2 if is_gated else 1)
     if out is None:
         out = fp8_memory(layer, num_rows, size)
-    max_lanes = _MAX_LANES if num_rows < _MANY_ROWS else _MAX_LANES_OF_MANY_ROWS
-    block = min(max_lanes, max(BLOCK_SIZE, triton.next_power_of_2(size)))
+    block = min(_MAX_LANES, max(BLOCK_SIZE, triton.next_power_of_2(size)))
     overlap = overlaps(x.device)
     _rows_kernel[(num_rows,)](
         x, out.values, out.scales, _input_scale(layer),
