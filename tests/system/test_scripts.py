@@ -368,7 +368,7 @@ def test_parts_in_any_order(site: Site, model: tuple[Path, Any]) -> None:
 def test_a_scheduler_alone_names_the_missing_instances(site: Site, model: tuple[Path, Any]) -> None:
     ports = free_ports(2)
     document = configuration(model[0], "disaggregated", ports)
-    document["rpc"] = {"start_timeout_s": 2.0}
+    document["rpc"] = {"start_timeout_s": 4.0}
     errors = site.fail("start_cpu_scheduler.py", "--config", site.write(document))
     for name, port in zip(("prefill-0", "decode-0"), ports, strict=True):
         assert f"{name} at tcp://127.0.0.1:{port}" in errors
