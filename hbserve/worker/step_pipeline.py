@@ -182,12 +182,15 @@ class StepPipeline:
                 host_s = time.perf_counter() - began
                 # waits for the device: the next round's plan depends on this one's tokens
                 after = next_round(following, pending.result(), runner.end_tokens_of) if following.rounds > 1 else None
-                more = after is not None
-                self._launched.put(_LaunchedStep(plan, pending, waited_s, host_s, progress, entry, more))
+                step = _LaunchedStep(plan, pending, waited_s, host_s, progress, entry, after is not None)
                 if after is None:
+                    self._launched.put(step)
                     break
                 following, began, waited_s = after, time.perf_counter(), 0.0
-                pending = runner.launch(following)
+                try:
+                    pending = runner.launch(following)
+                finally:  # only now: the collector would take the interpreter from the launch, and the device waits
+                    self._launched.put(step)
         except Exception as error:
             self._fail(plan, error)
             return False
