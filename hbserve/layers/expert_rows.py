@@ -1,8 +1,8 @@
-"""Triton kernels for the experts of few tokens: they read rows of weights, as `hbserve.layers.one_row` does.
+"""Triton kernels for the experts of one token: they read rows of weights, as `hbserve.layers.one_row` does.
 
-One kernel computes gate, up and the activation of each pair of token and expert, the other all down projections of a
-token and their weighted sum. Every program chooses its token's experts by itself: with few tokens that takes less time
-than one more kernel, and the second kernel can request its weights while the first still runs.
+The first kernel computes the router's outputs; its last program chooses the experts. The second computes gate, up and
+the activation of each expert, the third all down projections and their weighted sum. Each starts before the one before
+has ended, and then reads what is there already: the second the token, the third its weights.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,10 +49,54 @@ def activate(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _local(experts, lanes, num_chosen, first_expert, num_local, is_real):  # type: ignore[no-untyped-def]
-    """Count experts from this rank's first; -1: another rank's, or none."""
-    local = experts - first_expert
-    return tl.where((lanes < num_chosen) & is_real & (local >= 0) & (local < num_local), local, -1)
+def _read_row(  # type: ignore[no-untyped-def]
+    x, norm, columns, eps, size: tl.constexpr, has_norm: tl.constexpr
+):
+    """Load a row in float32; apply an RMS norm, rounded as in `hbserve.layers.norms`."""
+    # not from the first-level cache: a program may read this before its gdc_wait()
+    values = tl.load(x + columns, mask=columns < size, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if has_norm:
+        dtype = x.dtype.element_ty
+        weights = tl.load(norm + columns, mask=columns < size, other=0.0)
+        rms = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
+        values = ((values * rms).to(dtype) * weights).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _router_kernel(  # type: ignore[no-untyped-def]
+    x, norm, weight, bias, slots, logits, counter, totals, chosen, shares, eps, scale, first_expert, num_local,
+    num_experts: tl.constexpr, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr, num_groups: tl.constexpr,
+    num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr, is_sigmoid: tl.constexpr,
+    has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr,
+    size: tl.constexpr, block: tl.constexpr, has_norm: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0)
+    columns = tl.arange(0, block)
+    weights = tl.load(weight + expert * size + columns, mask=columns < size, other=0.0)
+    is_real = True
+    if has_slots:
+        is_real = tl.load(slots) >= 0
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    values = _read_row(x, norm, columns, eps, size, has_norm)
+    logit = tl.sum(values * weights.to(tl.float32), axis=0)
+    tl.store(logits + expert, logit.to(logits.dtype.element_ty))
+    tl.debug_barrier()  # the store comes before the count
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_experts - 1:
+        tl.store(counter, 0)  # for the next layer
+        experts, best = choose_of_token(
+            logits, bias, scale, num_experts, num_chosen, chosen_lanes, num_groups,
+            num_chosen_groups, group_lanes, member_lanes, is_sigmoid, has_bias, is_renormalised,
+        )  # fmt: skip
+        lanes = tl.arange(0, chosen_lanes)
+        in_row = lanes < num_chosen
+        local = experts - first_expert
+        is_local = is_real & (local >= 0) & (local < num_local)
+        tl.store(chosen + lanes, tl.where(is_local, local, -1), mask=in_row)
+        tl.store(shares + lanes, best.to(logits.dtype.element_ty).to(tl.float32), mask=in_row)
+        tl.atomic_add(totals + experts, 1, mask=in_row & is_real)
 
 
 @triton.jit
@@ -76,87 +121,54 @@ def _scaled(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _up_kernel(  # type: ignore[no-untyped-def]
-    x, norm, weight, scale, logits, bias, slots, totals, out, num_rows, eps, first_expert, num_local,
-    num_experts: tl.constexpr, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr, num_groups: tl.constexpr,
-    num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr, is_sigmoid: tl.constexpr,
-    has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr,
+    x, norm, weight, scale, chosen, out, num_rows, eps,
     size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, scale_rows: tl.constexpr,
     num_scales: tl.constexpr, has_norm: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    token, lane = (tl.program_id(1) // num_chosen).to(tl.int64), tl.program_id(1) % num_chosen
+    lane = tl.program_id(1)
     columns = tl.arange(0, block)
-    in_row = columns < size
-    if has_norm:
-        norm_weights = tl.load(norm + columns, mask=in_row, other=0.0)
-    is_real = True
-    if has_slots:
-        is_real = tl.load(slots + token) >= 0
+    # The router's kernel has waited for this row before it let this kernel start.
+    values = _read_row(x, norm, columns, eps, size, has_norm)[None, :]
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
-    experts, _ = choose_of_token(
-        logits + token * num_experts, bias, 1.0, num_experts, num_chosen, chosen_lanes, num_groups,
-        num_chosen_groups, group_lanes, member_lanes, is_sigmoid, has_bias, is_renormalised,
-    )  # fmt: skip
-    lanes = tl.arange(0, chosen_lanes)
-    if (tl.program_id(0) == 0) & (lane == 0):
-        tl.atomic_add(totals + experts, 1, mask=(lanes < num_chosen) & is_real)
-    local = _local(experts, lanes, num_chosen, first_expert, num_local, is_real)
-    expert = tl.sum(tl.where(lanes == lane, local, 0)).to(tl.int64)
+    expert = tl.load(chosen + lane).to(tl.int64)
     if expert >= 0:
         in_rows = rows < num_rows
-        mask = in_rows[:, None] & in_row[None, :]
+        mask = in_rows[:, None] & (columns < size)[None, :]
         first = expert * 2 * num_rows
         gates = weight + (first + rows)[:, None] * size + columns[None, :]
         gate = tl.load(gates, mask=mask, other=0.0)
         up = tl.load(gates + num_rows.to(tl.int64) * size, mask=mask, other=0.0)
-        values = tl.load(x + token * size + columns, mask=in_row, other=0.0).to(tl.float32)
-        if has_norm:
-            rms = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
-            values = ((values * rms).to(out.dtype.element_ty) * norm_weights).to(tl.float32)
-        # all rows of a program are in one block of scales
-        row = first + tl.program_id(0) * block_rows + tl.arange(0, 1)
-        gate_values, up_values = values[None, :], values[None, :]
-        if num_scales > 1:
+        gate_values, up_values = values, values
+        if num_scales > 1:  # all rows of a program are in one block of scales
+            row = first + tl.program_id(0) * block_rows + tl.arange(0, 1)
             gate_scales = _block_scales(scale, row, 0, block, scale_rows, num_scales)
             up_scales = _block_scales(scale, row + num_rows, 0, block, scale_rows, num_scales)
-            gate_values, up_values = (
-                _scaled(gate_values, gate_scales, 1, block),
-                _scaled(up_values, up_scales, 1, block),
-            )
+            gate_values = _scaled(values, gate_scales, 1, block)
+            up_values = _scaled(values, up_scales, 1, block)
         gate = tl.sum(gate.to(tl.float32) * gate_values, axis=1)
         up = tl.sum(up.to(tl.float32) * up_values, axis=1)
         if num_scales == 1:
             gate *= tl.load(scale + (first + rows) // scale_rows, mask=in_rows, other=0.0)
             up *= tl.load(scale + (first + num_rows + rows) // scale_rows, mask=in_rows, other=0.0)
         activated = activate(gate, up, out.dtype.element_ty)
-        tl.store(out + (token * num_chosen + lane) * num_rows + rows, activated, mask=in_rows)
+        tl.store(out + lane * num_rows + rows, activated, mask=in_rows)
 
 
 @triton.jit
 def _down_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, logits, bias, slots, out, num_rows, router_scale, first_expert, num_local,
-    num_experts: tl.constexpr, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr, num_groups: tl.constexpr,
-    num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr, is_sigmoid: tl.constexpr,
-    has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr,
+    x, weight, scale, chosen, shares, out, num_rows, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr,
     size: tl.constexpr, block: tl.constexpr, tail: tl.constexpr, block_rows: tl.constexpr, scale_rows: tl.constexpr,
     num_scales: tl.constexpr, is_added: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    token = tl.program_id(1).to(tl.int64)
     in_rows = rows < num_rows
-    is_real = True
-    if has_slots:
-        is_real = tl.load(slots + token) >= 0
-    # This program starts when `_up_kernel` has waited for the router, so it may read logits before its own wait.
-    experts, shares = choose_of_token(
-        logits + token * num_experts, bias, router_scale, num_experts, num_chosen, chosen_lanes, num_groups,
-        num_chosen_groups, group_lanes, member_lanes, is_sigmoid, has_bias, is_renormalised,
-    )  # fmt: skip
+    # `_up_kernel` has waited for the choice before it let this kernel start.
     lanes = tl.arange(0, chosen_lanes)
-    local = _local(experts, lanes, num_chosen, first_expert, num_local, is_real)
-    shares = shares.to(logits.dtype.element_ty).to(tl.float32)
+    local = tl.load(chosen + lanes, mask=lanes < num_chosen, other=-1, cache_modifier=".cg")
+    share = tl.load(shares + lanes, mask=lanes < num_chosen, other=0.0, cache_modifier=".cg")
     is_local = local >= 0
     first = tl.maximum(local, 0).to(tl.int64) * num_rows
     # ``[expert, row, column]``, in two parts where ``size`` is not a power of two
@@ -174,25 +186,25 @@ def _down_kernel(  # type: ignore[no-untyped-def]
         row_scales = tl.load(places, mask=is_local[:, None] & in_rows[None, :], other=0.0)
     if num_scales > 1:  # all rows of a program are in one block of scales
         row = first + tl.program_id(0) * block_rows
-        scales = _block_scales(scale, row, 0, block, scale_rows, num_scales) * shares[:, None]
+        scales = _block_scales(scale, row, 0, block, scale_rows, num_scales) * share[:, None]
         if tail > 0:
-            tail_scales = _block_scales(scale, row, block, tail, scale_rows, num_scales) * shares[:, None]
+            tail_scales = _block_scales(scale, row, block, tail, scale_rows, num_scales) * share[:, None]
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
-    pairs = x + (token * num_chosen + lanes)[:, None] * size
+    pairs = x + lanes[:, None] * size
     values = tl.load(pairs + columns[None, :], mask=is_local[:, None] & in_row[None, :], other=0.0).to(tl.float32)
-    values = _scaled(values, scales, chosen_lanes, block) if num_scales > 1 else values * shares[:, None]
+    values = _scaled(values, scales, chosen_lanes, block) if num_scales > 1 else values * share[:, None]
     products = tl.sum(weights.to(tl.float32) * values[:, None, :], axis=2)
     if tail > 0:
         mask = is_local[:, None] & in_tail[None, :]
         values = tl.load(pairs + tail_columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        values = _scaled(values, tail_scales, chosen_lanes, tail) if num_scales > 1 else values * shares[:, None]
+        values = _scaled(values, tail_scales, chosen_lanes, tail) if num_scales > 1 else values * share[:, None]
         products += tl.sum(tail_weights.to(tl.float32) * values[:, None, :], axis=2)
     if num_scales == 1:
         products *= row_scales
     total = tl.sum(products, axis=0)
-    target = out + token * num_rows + rows
+    target = out + rows
     if is_added:
         total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(target, mask=in_rows, other=0.0).to(tl.float32)
     tl.store(target, total.to(out.dtype.element_ty), mask=in_rows)
@@ -209,48 +221,54 @@ class _Shape(NamedTuple):
         return self if scales.num_scales <= 1 else self._replace(rows=math.gcd(self.rows, scales.block_rows))
 
 
-def mix_rows(
+def mix_row(
     x: Tensor,
     norm: Norm | None,
     weights: ExpertWeights,
-    logits: Tensor,
     experts: Experts,
     local: tuple[int, int],
     slots: Tensor | None,
     totals: Tensor,
+    counter: Tensor,
     out: Tensor,
     is_added: bool,
 ) -> None:
-    """Choose the experts of few tokens and compute them; see `hbserve.layers.grouped_experts.GroupedExperts.mix`.
+    """Choose the experts of one token and compute them; see `hbserve.layers.grouped_experts.GroupedExperts.mix`.
 
     Args:
-        logits: ``[tokens, experts]``, which the kernel launched just before has written.
+        counter: int32 ``[1]``, zero before and after.
     """
-    (num_tokens, hidden), inner, num_chosen = x.shape, weights.down.shape[1], experts.num_chosen
-    bias = weights.router_bias
-    routing = (logits, logits if bias is None else bias, logits if slots is None else slots)
-    choosing = (*Choosing.of(experts, bias), slots is not None)
-    pairs = x.new_empty(num_tokens, num_chosen, inner)
-    up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
+    hidden, inner, num_chosen, bias = x.shape[1], weights.down.shape[1], experts.num_chosen, weights.router_bias
+    choosing = Choosing.of(experts, bias)
+    logits = torch.empty(experts.num_experts, dtype=weights.router.dtype, device=x.device)
+    chosen = torch.empty(num_chosen, dtype=torch.int32, device=x.device)
+    shares = torch.empty(num_chosen, dtype=torch.float32, device=x.device)
+    pairs = x.new_empty(num_chosen, inner)
+    norm_weight, eps = norm or (x, 0.0)
     overlap = overlaps(x.device)
     block = max(triton.next_power_of_2(hidden), 128)
-    shape = _up_shape(block, weights.up.itemsize).fit(up)
-    _up_kernel[(triton.cdiv(inner, shape.rows), num_tokens * num_chosen)](
-        x, x if norm is None else norm[0], weights.up, up.scale, *routing, totals, pairs, inner,
-        0.0 if norm is None else norm[1], *local, *choosing, hidden, block, shape.rows,
+    _router_kernel[(experts.num_experts,)](
+        x, norm_weight, weights.router, logits if bias is None else bias, logits if slots is None else slots,
+        logits, counter, totals, chosen, shares, eps, experts.scale, *local, *choosing, slots is not None,
+        hidden, block, norm is not None, overlap, num_warps=1 if block < 4096 else 4, launch_pdl=overlap,
+    )  # fmt: skip
+    up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
+    shape = _up_shape(block).fit(up)
+    _up_kernel[(triton.cdiv(inner, shape.rows), num_chosen)](
+        x, norm_weight, weights.up, up.scale, chosen, pairs, inner, eps, hidden, block, shape.rows,
         up.block_rows, up.num_scales, norm is not None, overlap, num_warps=shape.num_warps, launch_pdl=overlap,
     )  # fmt: skip
     block, tail = split_row(inner)
-    lanes = triton.next_power_of_2(num_chosen) * triton.next_power_of_2(inner)
+    lanes = choosing.chosen_lanes * triton.next_power_of_2(inner)
     shape = _down_shape(lanes, weights.down.itemsize).fit(down)
-    _down_kernel[(triton.cdiv(hidden, shape.rows), num_tokens)](
-        pairs, weights.down, down.scale, *routing, out, hidden, experts.scale, *local, *choosing, inner, block, tail,
-        shape.rows, down.block_rows, down.num_scales, is_added, overlap, num_warps=shape.num_warps,
+    _down_kernel[(triton.cdiv(hidden, shape.rows),)](
+        pairs, weights.down, down.scale, chosen, shares, out, hidden, num_chosen, choosing.chosen_lanes, inner, block,
+        tail, shape.rows, down.block_rows, down.num_scales, is_added, overlap, num_warps=shape.num_warps,
         launch_pdl=overlap,
     )  # fmt: skip
 
 
-def _up_shape(lanes: int, itemsize: int) -> _Shape:
+def _up_shape(lanes: int) -> _Shape:
     """Choose the shape for rows of ``lanes`` elements of gate and of up.
 
     As in `hbserve.layers.one_row`, whose sweep on an H200 gave 4 rows of 2048 lanes in bfloat16.
@@ -260,9 +278,9 @@ def _up_shape(lanes: int, itemsize: int) -> _Shape:
 
 
 def _down_shape(lanes: int, itemsize: int) -> _Shape:
-    """Choose the shape for rows of ``lanes`` elements, those of all experts of a token together.
+    """Choose the shape for rows of ``lanes`` elements of ``itemsize`` bytes, those of all experts together.
 
-    A program holds all its weights in registers before it waits for the kernel before.
+    A program holds all its weights in registers before it waits for the kernel before; 8 KiB suit a warp.
     """
     rows = max(1, min(4, 32768 // lanes))
-    return _Shape(rows, max(1, min(16, rows * lanes // 4096)))
+    return _Shape(rows, max(1, min(16, rows * lanes * itemsize // 8192)))

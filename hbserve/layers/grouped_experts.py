@@ -1,7 +1,7 @@
 """Triton kernels for the products of experts: each expert's weights are read once for all of its tokens.
 
-One kernel computes gate, up and the activation, one the down projection, weighted. Few tokens (`_FEW_TOKENS`) take the
-kernels of `hbserve.layers.expert_rows`. More tokens are grouped by expert (`hbserve.layers.expert_routing`); a product
+One kernel computes gate, up and the activation, one the down projection, weighted. A single token takes the kernels
+of `hbserve.layers.expert_rows`. More tokens are grouped by expert (`hbserve.layers.expert_routing`); a product
 writes one row for each pair of token and expert, and a last kernel sums the rows of a token. So every sum has a fixed
 order.
 
@@ -13,21 +13,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.layers.expert_routing import Choice, Groups, choose, group_pairs, max_tiles
-from hbserve.layers.expert_rows import Norm, activate, mix_rows, scales_of
+from hbserve.layers.expert_rows import Norm, activate, mix_row, scales_of
 from hbserve.layers.experts import ExpertWeights, router_logits
-from hbserve.layers.one_row import one_row_linear
 from hbserve.model_families.declaration import Experts
 from hbserve.platform.cuda_driver import overlaps
-
-_FEW_TOKENS = 2
-"""Up to so many tokens share few experts, and three launches weigh more than reading those experts twice."""
 
 _SLICE_TOKENS = 8192
 """Tokens that are computed at a time: enough for full speed, and a bound of the memory for rows of pairs."""
@@ -192,6 +187,7 @@ class GroupedExperts:
     def __init__(self, experts: Experts, local: tuple[int, int], totals: Tensor) -> None:
         self._experts, self._local, self._totals = experts, local, totals
         self._counts = torch.zeros(local[1], dtype=torch.int32, device=totals.device)  # zero between two layers
+        self._counter = torch.zeros(1, dtype=torch.int32, device=totals.device)  # likewise
 
     def mix(
         self,
@@ -209,23 +205,13 @@ class GroupedExperts:
             x: contiguous ``[tokens, hidden]``.
             slots: int64 ``[tokens]``, negative for a padded token, whose result is zero; None: no token is padded.
             out: contiguous ``[tokens, hidden]``, receives the result.
-            is_added: add the result to ``out``; only where `adds` says so.
-            norm: weight ``[hidden]`` and epsilon of an RMS norm that is applied to ``x`` first; only where `norms`
-                says so.
+            is_added: add the result to ``out``; for one token only.
+            norm: weight ``[hidden]`` and epsilon of an RMS norm that is applied to ``x`` first; for one token only.
         """
         for begin in range(0, x.shape[0], _SLICE_TOKENS):
             rows = slice(begin, begin + _SLICE_TOKENS)
             part = None if slots is None else slots[rows]
             self._mix(layer, x[rows], weights, part, out[rows], is_added, norm)
-
-    def norms(self, num_tokens: int) -> bool:
-        """Whether the kernels for so many tokens can compute the norm before; a float32 router reads rounded values."""
-        return num_tokens == 1 and not self._experts.has_bias
-
-    @staticmethod
-    def adds(num_tokens: int) -> bool:
-        """Whether the kernels for so many tokens can add their result to a tensor."""
-        return num_tokens <= _FEW_TOKENS
 
     def _mix(
         self,
@@ -237,20 +223,17 @@ class GroupedExperts:
         is_added: bool,
         norm: Norm | None,
     ) -> None:
-        if norm is not None:
-            assert self.norms(x.shape[0]), "only the kernels for one token compute a norm"
-            logits = one_row_linear(x, weights.router, norm=norm[0], eps=norm[1])
-        else:
-            logits = router_logits(x, weights, self._experts, one_row_linear if x.shape[0] == 1 else F.linear)
-        totals, bias = self._totals[layer], weights.router_bias
-        if self.adds(x.shape[0]):
-            mix_rows(x, norm, weights, logits, self._experts, self._local, slots, totals, out, is_added)
+        totals = self._totals[layer]
+        if x.shape[0] == 1:
+            mix_row(x, norm, weights, self._experts, self._local, slots, totals, self._counter, out, is_added)
             return
-        assert not is_added, "only the kernels for few tokens add their result"
+        assert not is_added, "only the kernels for one token add their result"
+        assert norm is None, "only the kernels for one token compute a norm"
+        logits = router_logits(x, weights, self._experts)
         pairs = x.new_empty(x.shape[0], self._experts.num_chosen, weights.down.shape[1])
         memory = self._group_memory(x, weights.up_scale is not None)
         # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
-        choice = choose(logits, bias, self._experts, self._local, slots, totals, self._counts)
+        choice = choose(logits, weights.router_bias, self._experts, self._local, slots, totals, self._counts)
         group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
         self._mix_grouped(x, weights, choice, memory, pairs, out)
 

@@ -322,16 +322,15 @@ class FusedOps(LayerOps):
         assert norm is None, "the kernels know no norm of a block's output"
         experts = self._grouped_experts
         assert experts is not None, "experts without kernels are an unfused feature"
-        num_tokens, shared_up, shared_down = stream.total.shape[0], weights.shared_up, weights.shared_down
-        is_shared_fused = num_tokens == 1 and weights.shared_gate is None
-        if self.parallel.size > 1 or not experts.adds(num_tokens) or (shared_up is not None and not is_shared_fused):
+        shared_up, shared_down = weights.shared_up, weights.shared_down
+        if stream.total.shape[0] > 1 or self.parallel.size > 1 or weights.shared_gate is not None:
             super().add_experts(stream, in_norm, weights, layer, slots)
         elif shared_up is not None and shared_down is not None:
             x = self.norm(stream, in_norm)
             inner = self._kernels[type(shared_up)].one_row(shared_up, x, is_gated=True)
             experts.mix(layer, x, weights, slots, stream.total, is_added=True)
             self._kernels[type(shared_down)].one_row(shared_down, inner, residual=stream.total)
-        elif in_norm is not None and stream.pending is None and experts.norms(num_tokens):
+        elif in_norm is not None and stream.pending is None:
             first = (in_norm, self.eps)
             experts.mix(layer, stream.total, weights, slots, stream.total, is_added=True, norm=first)
         else:
