@@ -1,6 +1,7 @@
 """Fixtures that several modules use; a module that needs another one has its own of the same name."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in our child processes
 from tests.support import fetched  # noqa: F401  sets the cache folder, for child processes too
 from tests.support.fork_server import ForkServer
 from tests.support.http_server import api, client, http, max_model_len, scheduler, tokenizer, url  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """A shell has what it runs in the background ignore Ctrl-C; the programs that tests end by it would, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
