@@ -50,7 +50,8 @@ def resolve_model(name: str, beside: Sequence[Path] = ()) -> str:
             return str(candidate.absolute())  # in a cache, the target of a link may have another kind of name
     if name in KNOWN_NAMES or (_HUB_NAME.fullmatch(name) and not is_gguf(name)):
         return name
-    places = ", ".join(shown(str(candidate.absolute()))[1:-1] for candidate in candidates)
+    looked = dict.fromkeys(str(candidate.absolute()) for candidate in candidates)
+    places = ", ".join(shown(place)[1:-1] for place in looked)
     what = f"there is no {'file' if is_gguf(name) else 'folder'} {shown(name)} (looked at {places})"
     if re.fullmatch(r"[^./~][^/]*/[^/]+", name) and not is_gguf(name):
         what += ", and no repository of the Hugging Face hub can have that name"

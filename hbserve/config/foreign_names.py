@@ -104,6 +104,21 @@ FOREIGN_NAMES = _table(
         ("swap_space kv_offloading_size", _VLLM, "kv_cache.host_bytes", "bytes for all instances of the host, not GiB"),
         ("hicache_size", _SGLANG, "kv_cache.host_bytes", "bytes for all instances of the host, not GB of each rank"),
         ("enable_hierarchical_cache", _SGLANG, "kv_cache.host_bytes", "bytes for all instances of the host"),
+        (
+            "kv_offloading_backend",
+            _VLLM,
+            "kv_cache.store",
+            "a section, for a store; RAM alone needs kv_cache.host_bytes",
+        ),
+        ("hicache_storage_backend", _SGLANG, "kv_cache.store", "a section with backend, bytes and master"),
+        ("hicache_storage_backend_extra_config", _SGLANG, "kv_cache.store", "a section with backend, bytes and master"),
+        ("hicache_ratio", _SGLANG, "kv_cache.host_bytes", "bytes for all instances of the host, not a ratio"),
+        (
+            "hicache_write_policy hicache_io_backend hicache_mem_layout hicache_storage_prefetch_policy",
+            _SGLANG,
+            None,
+            "how blocks move is not configured; kv_cache.host_bytes, disk and store say where they are kept",
+        ),
         ("cpu_offload_gb", _BOTH, None, "all weights stay on the device"),
         ("chunked_prefill_size", _SGLANG, "chunked_prefill.chunk_size", "tokens of one prompt in one step"),
         ("long_prefill_token_threshold", _VLLM, "chunked_prefill.chunk_size", "tokens of one prompt in one step"),
@@ -133,6 +148,14 @@ FOREIGN_NAMES = _table(
             "the draft model's folder or name, with speculation.method draft_model",
         ),
         ("speculative_config speculative_algorithm", _BOTH, "speculation.method", "ngram, suffix, draft_model or auto"),
+        ("speculative_num_steps", _SGLANG, "speculation.max_draft_tokens", "1 to 15"),
+        ("speculative_eagle_topk", _SGLANG, None, "a draft is one sequence of tokens, no tree; leave it out"),
+        (
+            "speculative_draft_model_revision",
+            _SGLANG,
+            "speculation.model",
+            "write it behind the name: org/name@revision",
+        ),
         ("num_speculative_tokens speculative_num_draft_tokens", _BOTH, "speculation.max_draft_tokens", "1 to 15"),
         # prefill and decode apart
         ("disaggregation_mode", _SGLANG, "mode", "disaggregated; the roles stand in gpu_instances, as instance_type"),
@@ -184,7 +207,9 @@ def unknown_name(name: str, valid: Sequence[str], spell: Callable[[str], str]) -
         return f"; that is {foreign.whose}'s name, and HBServe has no such setting: {foreign.note}"
     if foreign is not None and foreign.key is not None:
         return f"; that is {foreign.whose}'s name for {spell(foreign.key)} ({foreign.note})"
-    keys = [spell(key) for key in all_keys() if key.rpartition(".")[2] == plain]
+    dotted = name.lstrip("-").replace("-", "_")
+    keys = [spell(key) for key in all_keys() if key == dotted]
+    keys = keys or [spell(key) for key in all_keys() if key.rpartition(".")[2] == plain]
     if keys:
         return f"; write {' or '.join(keys)}"
     return nearest(name, list(valid))

@@ -280,7 +280,19 @@ def _from_msgspec(error: msgspec.ValidationError, values: Any, prefix: str = "")
         for part in re.findall(r"[^.\[\]]+", path):
             values = values[int(part)] if isinstance(values, list | tuple) else values[part]
         return _error(key, f"must be {limit.description}, got {shown(values)}")
+    missing = re.fullmatch(r"Object missing required field `(\w+)`", what)
+    if missing is not None:
+        return _error(key, f"add the key {missing[1]}, which has no default")
+    found = re.fullmatch(r"Expected `object(?: \| null)?`, got `(\w+)`", what)
+    if found is not None:
+        keys = ", ".join(types_of(_section_at(key)))
+        return _error(key, f"must be a section with keys of its own ({keys}), got {found[1]}")
     return _error(key, what.replace("`", ""))
+
+
+def _section_at(key: str) -> type:
+    """Return the class of a key that is a section."""
+    return next(part for part in _types_at(key) if isinstance(part, type) and issubclass(part, msgspec.Struct))
 
 
 def _words_at(key: str) -> list[str]:

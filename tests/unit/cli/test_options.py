@@ -225,7 +225,7 @@ def test_short_names_replace_their_values() -> None:
         ("--server.port 70000", "--server.port must be in 0..65535, got 70000"),
         ("--mode turbo", "--mode: unknown value 'turbo'; valid are: auto, disaggregated, semi_pd, unified"),
         ("--semi_pd.ladder.decode [100,101]", "--semi_pd.ladder.decode: semi_pd.ladder.decode[1]: must be in 1..100"),
-        ("--semi_pd.slo {'ttft_target_ms':5}", "--semi_pd.slo: Object missing required field tpot_target_ms"),
+        ("--semi_pd.slo {'ttft_target_ms':5}", "--semi_pd.slo: add the key tpot_target_ms, which has no default"),
         (
             "--config nowhere",
             "cannot read the configuration nowhere: No such file or directory; shipped are: pd_disagg",
@@ -267,6 +267,7 @@ def test_a_command_without_a_model_or_with_a_wrong_one_says_so() -> None:
         ("--prot 8", "unknown flag --prot; did you mean '--port'?"),
         ("--server.prot=8", "unknown flag --server.prot; did you mean '--server.port'?"),
         ("--max-num-seqs 8", "unknown flag --max-num-seqs; write --performance.max_num_seqs\n"),
+        ("--kv-cache.store.bytes 8", "unknown flag --kv-cache.store.bytes; write --kv_cache.store.bytes\n"),
         ("other", "one MODEL is enough: 'other' is one too many"),
         ("--server.port eight", "argument --port/--server.port: must be a whole number, got 'eight'"),
         ("--kv_transfer.timeout_s soon", "argument --kv_transfer.timeout_s: must be a number, got 'soon'"),

@@ -114,6 +114,9 @@ TWO = (
         (MODEL + "semi_pd: {ladder: {unified: [50, 100]}}\n", 3, "unified: must be one percentage"),
         (MODEL + "semi_pd: {slo: {ttft_target_ms: .nan, tpot_target_ms: 1}}\n", 3, "ttft_target_ms: must be positive"),
         (MODEL + "scheduler: {targets_are_soft: true}\n", 3, "targets_are_soft: needs scheduler.ttft_ms"),
+        (MODEL + "kv_cache:\n  store: {master: 'a:1'}\n", 4, "kv_cache.store: add the key bytes, which has no default"),
+        (MODEL + "kv_cache: {store: mooncake}\n", 3, "must be a section with keys of its own (bytes, backend, master)"),
+        (MODEL + "speculation: true\n", 3, "must be a section with keys of its own (method, model, max_draft_tokens)"),
         (
             MODEL + "scheduler: {targets_are_soft: true}\nsemi_pd: {slo: {ttft_target_ms: 9, tpot_target_ms: 1}}\n",
             3,
@@ -130,7 +133,7 @@ TWO = (
         ("model:\n  path: nowhere\n", 2, "model.path: there is no folder 'nowhere'"),
         ("model:\n  path: tiny.gguf\n", 2, "there is no file 'tiny.gguf'"),
         ("model:\n  path: model\n  path: model\n", 3, "path is given twice"),
-        ("mode: unified\n", 1, "missing required field model"),
+        ("mode: unified\n", 1, "add the key model, which has no default"),
         (TWO, 6, "gpu_instances[1].port: address 127.0.0.1:6000 is already taken by gpu_instances[0].port"),
         (TWO.replace("port: 6000", "port: 0"), 5, "gpu_instances[0].port: must be in 1..65535, got 0"),
         (TWO.replace("instance_id: b", f"instance_id: {65 * 'b'}"), 6, "instance_id: must be 1 to 64 letters"),
