@@ -57,7 +57,8 @@ class GGUFModel:
         try:
             self._reader = GGUFReader(path)
         except Exception as error:  # the reader trusts the file, and raises many kinds
-            raise ModelError(f"it is not a whole GGUF file: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split())
+            raise ModelError(f"it is not a whole GGUF file ({reason}); download or write it again") from None
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self._architecture = self.metadata("general.architecture")
         if self._architecture not in _ARCHITECTURES:

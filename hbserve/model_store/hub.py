@@ -52,12 +52,13 @@ def fetch_from_hub(name: str) -> Path:
             f"{repository} is gated: ask for access on its page of the hub, then set HF_TOKEN or run hf auth login"
         ) from None
     except RevisionNotFoundError:
-        raise ModelError(f"{repository} has no revision {revision!r} on the hub") from None
+        what = f"{repository} has no revision {revision!r} on the hub"
+        raise ModelError(f"{what}; give a branch, tag or commit of its page, or leave out @{revision}") from None
     except RepositoryNotFoundError:
         what = f"there is neither a folder {repository} here nor a repository of that name on the hub"
         raise ModelError(f"{what}; a private one needs HF_TOKEN or hf auth login") from None
     except Exception as error:  # of the client, its HTTP library, or the system
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         command = f"hf download {repository}{f' --revision {revision}' if revision else ''} --local-dir FOLDER"
         raise ModelError(
             f"cannot download {name} from the hub: {reason}; complete files are kept, so try again; or run on a "

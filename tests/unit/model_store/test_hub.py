@@ -67,7 +67,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("org/gated", "org/gated is gated: ask for access"),
-        ("org/tiny@lost", "org/tiny has no revision 'lost' on the hub"),
+        ("org/tiny@lost", "org/tiny has no revision 'lost' on the hub; give a branch, tag or commit"),
         ("org/nothing", "there is neither a folder org/nothing here nor a repository of that name"),
     ],
 )
