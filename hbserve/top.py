@@ -45,8 +45,8 @@ def draw(stats: dict[str, Any], semi_pd: dict[str, Any]) -> str:
         lines.append(f"drafts     {num_right / num_drafts:.1f} tokens right of each ({', '.join(shares)})")
     for name in ("ttft", "tpot", "itl"):
         percentiles = {percent: window[f"{name}_p{percent}_ms"] for percent in (50, 95, 99)}
-        values = ", ".join(f"p{percent} {value:.1f}" for percent, value in percentiles.items() if value)
-        lines.append(f"{name.upper():<10} {f'{values} ms' if values else 'no recent samples'}")
+        values = ", ".join(f"p{percent} {value:.1f}" for percent, value in percentiles.items())
+        lines.append(f"{name.upper():<10} {f'{values} ms' if any(percentiles.values()) else 'no recent samples'}")
     for name, instance in stats["gpu_instances"].items():
         lines += ["", f"{name} ({instance['role']}, {instance['status']}): {instance.get('device', '')}"]
         blocks = instance.get("kv_blocks")
@@ -124,6 +124,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m hbserve.
             except (OSError, ValueError, LookupError) as error:  # no server, no JSON, or other JSON than HBServe's
                 reason = getattr(error, "reason", None) or repr(error)
                 problem = f"{base} does not answer like a server of HBServe: {reason}"
+                if getattr(error, "code", None) == 401:
+                    problem = f"{base} refuses the key: set HBSERVE_API_KEY to one that it knows"
                 if not has_answered:
                     print(f"error: {problem}", file=sys.stderr)
                     return 1
