@@ -178,7 +178,8 @@ class StepPlanner:
         gap_s, rounds = timing.gap_s, 1
         if max_rounds_s and all(allocation.num_planned < len(sequence.tokens) for sequence, allocation in decoding):
             rounds = int(max_rounds_s / max(timing.predictor.seconds(work), _MIN_ROUND_S))
-            rounds = max(1, min(rounds, MAX_ROUNDS))
+            trusted = max(candidate.draft.record.max_rounds for candidate in candidates)
+            rounds = max(1, min(rounds, MAX_ROUNDS, trusted))
             gap_s = (gap_s + (rounds - 1) * timing.round_gap_s) / rounds
         way, lengths = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, limit_s)
         if way is Way.WHOLE:
@@ -202,6 +203,8 @@ class StepPlanner:
         if sequence.has_grammar:  # whether a mask is late is known to each rank alone, and all must do the same rounds
             return 1
         rounds = min(rounds, (sequence.max_total_tokens - 1 - position) // length)
+        if draft is not None:
+            rounds = min(rounds, draft.record.max_rounds)
         if draft is not None and not draft.num_to_draft:
             rounds = min(rounds, 1 + len(draft.ahead) // length)
         elif draft is not None and position - allocation.num_read > 1:

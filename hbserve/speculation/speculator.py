@@ -89,6 +89,15 @@ class Record:
         """
         return (self.right + self.credit * self.expected) / (self.tried + self.credit)
 
+    @property
+    def max_rounds(self) -> int:
+        """Rounds that a step may do with this drafter's guesses: one, and one more for each recent right guess.
+
+        The scheduler cannot stop a step between its rounds. So a drafter that has been right for other sequences alone
+        gets one round, which costs little if it is wrong for this one.
+        """
+        return 1 + int(self.right)
+
     def settle(self, tokens: Items[int]) -> None:
         """Compare the last guess with the tokens that have come since."""
         if not self.guess or len(tokens) == self.num_known:

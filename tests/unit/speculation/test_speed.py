@@ -101,13 +101,37 @@ class Device:
         return self.free_at + TRAVEL_S, result
 
 
-def mean_time_s(model: Model, batch: int, acceptance: float | None) -> float:
-    """Return when requests end, in the mean; their predictions are right so often, or there are none.
+@dataclass
+class Run:
+    """What a run has shown.
+
+    Attributes:
+        ends: when each request ended.
+        plans: all plans, in their order.
+    """
+
+    ends: list[float] = field(default_factory=list)
+    plans: list[StepPlan] = field(default_factory=list)
+
+    def planned_ahead(self, num_last: int) -> list[bool]:
+        """Return for each of the last plans whether it was made before the last token of its first row was known."""
+        return [plan.rows[0].token_ids is None for plan in self.plans[-num_last:]]
+
+
+def run(
+    model: Model, batch: int, acceptance: float | None, method: str = "none", before: tuple[float, ...] = ()
+) -> Run:
+    """Run a batch of requests to their end; their predictions are right so often, or there are none.
 
     If the model has a draft model, that one is right so often, and there are no predictions.
+
+    Args:
+        before: acceptance of other batches, each of which comes when the one before has ended, and before this one.
     """
     drafts = model.pass_ms > 0 and acceptance is not None
-    drafting = {"speculation_method": "draft_model", "speculation_model": str(DEMO)} if drafts else {}
+    drafting = {"speculation_method": method}
+    if drafts:
+        drafting = {"speculation_method": "draft_model", "speculation_model": str(DEMO)}
     rng = random.Random(1)
     num_blocks = 12 * batch
     config = PdDisaggConfig.from_arguments(
@@ -116,36 +140,49 @@ def mean_time_s(model: Model, batch: int, acceptance: float | None) -> float:
     scheduler = CpuScheduler(config, {"unified-0": "nowhere"}, Start(now=0.0, time_ns=1))
     device, numbers = Device(model, acceptance or 0.0), itertools.count()
     events: list[tuple[float, int, InboxEvent]] = [(0.0, next(numbers), FromWorker(1, hello(num_blocks=num_blocks)))]
-    for number in range(batch):
-        target = [token(number, PROMPT_TOKENS + place) for place in range(NUM_TOKENS)]
-        guesses = [t if rng.random() < (acceptance or 0.0) else (t + 1) % 1000 for t in target]
-        request = AddRequest(
-            request_id=str(number),
-            prompt_token_ids=[number] * PROMPT_TOKENS,
-            end_token_ids=[],
-            sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
-            predicted_token_ids=None if acceptance is None or drafts else guesses,
-        )
-        events.append((0.0, next(numbers), FromClient(b"client", request)))
-    now, ends = 0.0, []
+
+    def add_batch(now: float, first: int, acceptance: float | None) -> None:
+        for number in range(first, first + batch):
+            target = [token(number, PROMPT_TOKENS + place) for place in range(NUM_TOKENS)]
+            guesses = [t if rng.random() < (acceptance or 0.0) else (t + 1) % 1000 for t in target]
+            request = AddRequest(
+                request_id=str(number),
+                prompt_token_ids=[number] * PROMPT_TOKENS,
+                end_token_ids=[],
+                sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
+                predicted_token_ids=None if acceptance is None or drafts else guesses,
+            )
+            heapq.heappush(events, (now, next(numbers), FromClient(b"client", request)))
+
+    batches = [*before, acceptance]
+    add_batch(0.0, 0, batches[0])
+    now, found = 0.0, Run()
 
     def handle(outbox: Outbox) -> None:
-        ends.extend([now] * len(outbox.ended))
+        found.ends.extend([now] * len(outbox.ended))
         for instance in scheduler.instances.values():
             device.request_of_slot.update({a.slot: int(sequence.id) for sequence, a in instance.allocations.items()})
         for _, command in outbox.to_workers:
             if isinstance(command, StepPlan):
+                found.plans.append(command)
                 for at, result in device.answers(command, now):
                     heapq.heappush(events, (at, next(numbers), FromWorker(1, result)))
 
-    while len(ends) < batch:
+    while len(found.ends) < batch * len(batches):
         inbox = []
         while events and events[0][0] <= now:
             inbox.append(heapq.heappop(events)[2])
         outbox = scheduler.step(now, inbox)
         handle(outbox)
+        if outbox.ended and (num_ended := len(found.ends)) % batch == 0 and num_ended < batch * len(batches):
+            add_batch(now, num_ended, batches[num_ended // batch])
         now = max(now, min([outbox.call_at, *(at for at, _, _ in events[:1])]))
-    return sum(ends) / batch
+    return found
+
+
+def mean_time_s(model: Model, batch: int, acceptance: float | None) -> float:
+    """Return when requests end, in the mean."""
+    return sum(run(model, batch, acceptance).ends) / batch
 
 
 @pytest.mark.parametrize(
@@ -167,3 +204,25 @@ def test_drafts_save_time_where_they_are_right_and_cost_none_where_they_are_not(
     assert min(gains.values()) > (0.97 if model.pass_ms else 0.985), gains
     assert gains[0.7] >= min_gain_at_0_7, gains
     assert gains[0.9] >= min_gain_at_0_9, gains
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "method", "before"),
+    [(0.0, "none", ()), (0.0, "none", (0.9, 0.7)), (None, "ngram", ()), (None, "suffix", ()), (None, "auto", (0.9,))],
+)
+def test_a_sequence_without_guesses_is_planned_ahead_as_one_without_drafters(
+    acceptance: float | None, method: str, before: tuple[float, ...]
+) -> None:
+    num_last = NUM_TOKENS - 20
+    expected, found = run(SMALL, 1, None), run(SMALL, 1, acceptance, method, before)
+    assert all(expected.planned_ahead(num_last))
+    assert found.planned_ahead(num_last) == expected.planned_ahead(num_last)
+
+
+@pytest.mark.parametrize(("model", "before"), [(SMALL, (1.0, 1.0)), (LARGE, (0.9,))])
+def test_a_drafter_that_was_right_for_others_alone_gets_one_round(model: Model, before: tuple[float, ...]) -> None:
+    plain_s, found = mean_time_s(model, 1, None), run(model, 1, 0.0, before=before)
+    first = max(number for number, plan in enumerate(found.plans) if plan.new_sequences)
+    assert max(plan.rounds for plan in found.plans[:first]) > 1
+    assert all(plan.rounds == 1 for plan in found.plans[first:])
+    assert found.ends[-1] - found.ends[-2] < 1.02 * plain_s
