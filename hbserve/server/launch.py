@@ -144,7 +144,7 @@ async def _serve(config: Config, with_instances: bool, read_again: Callable[[], 
             rate_per_minute=server.requests_per_minute_per_key,
         )
         app = create_app(llm.engine, llm.client, config.served_name, server, llm.supervisors, llm.running_plan)
-        live_page.install(app, llm.config, llm.plan, llm.engine, llm.client, gate, llm.text_processes, stop)
+        live_page.install(app, llm.config, llm.running_plan, llm.engine, llm.client, gate, llm.text_processes, stop)
 
         def on_listening(actual_port: int) -> None:
             child.freeze_heap()

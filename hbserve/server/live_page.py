@@ -19,7 +19,7 @@ from hbserve.frontend.text_engine import TextEngine
 from hbserve.frontend.text_pool import TextProcesses
 from hbserve.server.app import STATS_TIMEOUT_S
 from hbserve.server.fair_gate import FairGate
-from hbserve.system.auto_plan import Plan
+from hbserve.system.running_plan import RunningPlan
 
 FOLDER = Path(__file__).parent / "page"
 _SECURITY = {
@@ -34,7 +34,7 @@ _SECURITY = {
 def install(
     app: FastAPI,
     config: Config,
-    plan: Plan | None,
+    running: RunningPlan | None,
     engine: TextEngine,
     client: EngineClient,
     gate: FairGate,
@@ -44,8 +44,8 @@ def install(
     """Add the page's routes to an application.
 
     Args:
-        config: the page shows its model, mode and latency targets.
-        plan: what the system consists of, and why.
+        config: the page shows its model and latency targets, and without a plan its mode.
+        running: what the system consists of now, and why.
         text: the tokenizer and detokenizer processes, if there are any.
         stop: setting it ends the server.
     """
@@ -69,13 +69,17 @@ def install(
     @app.get("/live")
     async def live_data() -> dict[str, Any]:
         """Return the data that the page polls: statistics with the last requests and events, and the server's state."""
+        plan = None if running is None else running.plan
+        shown_plan = None
+        if plan is not None:
+            shown_plan = {"chosen_by": plan.changes[-1].by if plan.changes else plan.chosen_by, "why": plan.why}
         data: dict[str, Any] = {
             "time": time.time(),
             "server": {
                 "version": __version__,
                 "model": config.served_name,
-                "mode": config.mode,
-                "plan": None if plan is None else {"chosen_by": plan.chosen_by, "why": plan.why},
+                "mode": config.mode if plan is None else plan.mode,
+                "plan": shown_plan,
                 "uptime_s": time.monotonic() - start,
                 "open_requests": engine.num_open,
                 "waiting_for_turn": gate.num_waiting,

@@ -56,9 +56,10 @@ async def system(request: pytest.FixtureRequest) -> AsyncIterator[System]:
         system.llm, system.stop = llm, asyncio.Event()
         app = create_app(llm.engine, llm.client, "demo", supervisors=llm.supervisors)
         shown = structs.replace(llm.config, scheduler=SchedulerConfig(ttft_ms=5000.0, tpot_ms=0.001))
-        assert llm.plan is not None
-        plan = structs.replace(llm.plan, chosen_by="auto") if mode == "semi_pd" else llm.plan
-        live_page.install(app, shown, plan, llm.engine, llm.client, FairGate(), None, system.stop)
+        assert llm.running_plan is not None
+        if mode == "semi_pd":
+            llm.running_plan.plan = structs.replace(llm.running_plan.plan, chosen_by="auto")
+        live_page.install(app, shown, llm.running_plan, llm.engine, llm.client, FairGate(), None, system.stop)
         guard = Guard(app, ServerConfig(), Keys({KEY: "user"}, ADMIN), FairGate(), system.stop)
         listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         serving = asyncio.create_task(serve(guard, ServerConfig(port=0), system.stop, listening.set_result, 1))

@@ -13,7 +13,9 @@ from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.policy.profile_file import load_profile, save_profile
 from hbserve.policy.profile_store import ProfileKey
+from hbserve.server import live_page
 from hbserve.server.app import create_app
+from hbserve.server.fair_gate import FairGate
 from hbserve.system.running_plan import RunningPlan
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
 from tests.support.model_zoo import save_model
@@ -43,6 +45,7 @@ async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(
     )
     async with DisaggregatedLLM(config) as llm:
         app = create_app(llm.engine, llm.client, "tiny", running=llm.running_plan)
+        live_page.install(app, llm.config, llm.running_plan, llm.engine, llm.client, FairGate(), None, asyncio.Event())
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=DEADLINE_S)
 
         async def change(instance_id: str, role: str, deadline_s: float = 60.0) -> str | None:
@@ -109,6 +112,9 @@ async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(
             assert await asyncio.wait_for(change_plan(system), DEADLINE_S) is None
             outputs = await asyncio.wait_for(work, DEADLINE_S)
             assert [output["token_ids"] for output in outputs] == expected
+            header = (await http.get("/live")).json()["server"]
+            assert header["mode"] == {"unified*3": "unified", "2p1d": "disaggregated"}[system]
+            assert header["plan"] == {"chosen_by": "operator", "why": "an operator has asked for it"}
 
         # A load for which another plan is predicted to be much better changes the plan at the second look.
         assert llm.plan is not None

@@ -10,7 +10,7 @@ import { ask, askForKey, keyIsWanted } from "./server.js";
 const POLL_MS = 1000;
 const charts = makeCharts();
 
-const CHOSEN_BY = { auto: ", chosen for this machine", configuration: ", as configured" };
+const CHOSEN_BY = { auto: ", chosen for this machine", configuration: ", as configured", operator: ", chosen by an operator" };
 
 function say(problem, needsKey = false) {
   by("problem").hidden = problem == null;
