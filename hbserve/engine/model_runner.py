@@ -260,7 +260,7 @@ class ModelRunner:
             return
         started = time.perf_counter()
         totals = self._decoder.expert_totals
-        counted = None if totals is None else totals.clone()  # a capture computes padding, which is nobody's load
+        counted = None if totals is None else totals.clone()  # the padding of a capture is not load
         graphs = self._graphs if graph.phase is InstanceRole.DECODE else self._prefill_graphs
         assert graphs is not None, f"there are no graphs for {graph.phase}"
         graphs.capture(graph.size)

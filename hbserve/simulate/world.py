@@ -38,7 +38,7 @@ class SimulatedSystem:
 
     Attributes:
         devices: by instance.
-        on_outputs: called with each batch of outputs; None: nobody asks.
+        on_outputs: called with each batch of outputs; None: outputs are dropped.
     """
 
     def __init__(

@@ -126,8 +126,8 @@ def _lengths(
     """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring; more
     than one of a late sequence count double.
 
-    The i-th token of a draft is worth its cost if the probability that all i tokens are right exceeds the candidate's
-    one of ``worths``. The rows go to the most probable tokens first, those of late sequences before others.
+    ``worths`` has one probability for each candidate. The i-th token of a draft is worth its cost if the probability
+    that all i tokens are right is higher. Tokens of late sequences get rows first, and then the most probable ones.
     """
     offers: list[tuple[bool, float, int]] = []
     for index, (candidate, worth) in enumerate(zip(candidates, worths, strict=True)):

@@ -172,7 +172,7 @@ class _Link:
             raise KVTransferError(f"KV link {self.name} was closed")
 
     def _connect_devices(self) -> None:
-        """Pass a byte: NCCL connects two GPUs, in a third of a second or more, only at the first message."""
+        """Pass one byte, because NCCL connects two GPUs only at the first message, and the first request would wait."""
         with self._on_stream(0):
             byte = torch.zeros(1, dtype=torch.uint8, device=self._device)
             pass_on = self._data.send if self._rank == _SENDER else self._data.recv
