@@ -26,9 +26,10 @@ from hbserve.engine.capture import capturing, compiling, run_to_capture
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.graph_sizes import GraphSizes
 from hbserve.engine.pending_step import StepTimer
+from hbserve.engine.rounds.device_rounds import DeviceRounds, RoundInputs
 from hbserve.engine.sampler import Sampled, sample
 from hbserve.engine.sampling_batch import samples_of, sampling_arrays, sampling_batch
-from hbserve.engine.sequence_table import SequenceTable
+from hbserve.engine.sequence_table import UNKNOWN_POSITION, SequenceTable
 from hbserve.engine.staging import to_device
 from hbserve.engine.step_board import StepBoard
 from hbserve.messages.worker import PlanRow
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 _ALIGNMENT_BYTES = 16
 _NUM_HOST_BUFFERS = 8
 _FED_BACK = -1
+_MAX_ENDING = 8
+"""Rows of a step with rounds on the device that an end token may end: the device then does a round for nothing."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,16 @@ class _Graph:
     token_ids: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Repeatable:
+    """A step that was launched, and whose next round follows from what the device has."""
+
+    graph: _Graph
+    rounds: DeviceRounds
+    num_rows: int
+    num_logprobs: list[int]
+
+
 class DecodeGraphs:
     """Captured decode steps of one worker.
 
@@ -165,6 +178,7 @@ class DecodeGraphs:
         # All graphs share it: a step reads it, if at all, before the next replay.
         self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.lm_head.shape[0])
         self._graphs: dict[int, _Graph] = {}
+        self._repeatable: _Repeatable | None = None
         self._capture_first(device, defers)
 
     @property
@@ -182,6 +196,9 @@ class DecodeGraphs:
                     self._step(size, self._decoder.typical_layers)
         for size in self.sizes.first:
             self.capture(size)
+        if not self._feeds_every_row:  # compile it now, on padding
+            padding = PlanRow(self._table.padding_slot, 0, 1, [0], [], True)
+            self._device_rounds([padding], 1).advance(self._inputs.tensor("token_ids", 1))
         used = before - torch.cuda.mem_get_info(device)[0]
         seconds = time.perf_counter() - started
         logger.info(
@@ -261,11 +278,12 @@ class DecodeGraphs:
         )
 
     def launch(
-        self, rows: list[PlanRow], take_turn: Callable[[], StepBoard | None], timer: StepTimer
+        self, rows: list[PlanRow], take_turn: Callable[[], StepBoard | None], timer: StepTimer, rounds: int = 1
     ) -> tuple[Sampled, list[int]]:
         """Launch a step that `fits`; its blocks have been appended.
 
         Args:
+            rounds: how often the step may be done, at most. If its rows allow it, `repeat` launches the others.
             take_turn: called when everything is prepared; the device may begin when it returns. It returns the board
                 with the tokens that other workers have sampled.
             timer: started when the device gets its work.
@@ -282,12 +300,18 @@ class DecodeGraphs:
         row_starts = np.array([row.start for row in rows], np.int64)[samples.rows]
         ends = np.array([row.start + row.num_tokens for row in rows], np.int64)[samples.rows]
         starts = ends - 1 - samples.before_end
-        self._check(slots, starts)
+        plain = table.plain_sampling[slots] & (starts + 1 >= table.min_end_positions[slots])
+        repeats = rounds > 1 and bool(plain.all()) and self._may_repeat(rows, rounds)
+        last = starts
+        if repeats:  # pages and pieces reach as far as the rows can get
+            lengths = np.array([row.num_samples for row in rows], np.int64)[samples.rows]
+            last = starts + (rounds - 1) * lengths
+        self._check(slots, last)
 
         page_of_token = starts // self._block_size
-        block_tables = table.block_tables[slots, : int(page_of_token.max()) + 1]
+        block_tables = table.block_tables[slots, : int(last.max()) // self._block_size + 1]
         blocks = block_tables[np.arange(num_rows), page_of_token].astype(np.int64)
-        context_lens, block_tables = _pad(starts + 1, block_tables, size)
+        context_lens, block_tables = _pad(last + 1, block_tables, size)
         pages = PageTables.build(context_lens, block_tables, self._block_size)
         fed_slots = samples.fed_slots(table, slots)
         padded_slots = np.full(size, table.padding_slot, np.int64)
@@ -319,7 +343,11 @@ class DecodeGraphs:
         graph.graph.replay()
         samples.note_positions(table, slots, starts + 1)
         num_logprobs = table.num_logprobs[slots].tolist()
-        if (table.plain_sampling[slots] & (starts + 1 >= table.min_end_positions[slots])).all():
+        if repeats:
+            device_rounds = self._device_rounds(rows, size)
+            self._repeatable = _Repeatable(graph, device_rounds, num_rows, num_logprobs)
+            table.next_positions[slots] = UNKNOWN_POSITION  # how many rounds count, only the results say
+        if plain.all():
             return Sampled(graph.token_ids[:num_rows], None), num_logprobs
         # Penalties, truncation, biases and grammars need the general sampler, on the graph's logits.
         arrays = sampling_arrays(table, slots, starts + 1, samples.drafts)
@@ -328,6 +356,50 @@ class DecodeGraphs:
         sampled = sample(self._decoder.all_logits(self._logits[:num_rows]), batch)
         table.note_sampled(tensors["slots"], sampled.token_ids, batch.penalties)
         return sampled, num_logprobs
+
+    def _may_repeat(self, rows: list[PlanRow], rounds: int) -> bool:
+        """Whether all rounds can be launched before a result is known; their samples must be plain."""
+        ends = self._table.end_token_ids
+        return (
+            not self._feeds_every_row
+            and all(row.token_ids is not None for row in rows)
+            and max(row.start + rounds * row.num_samples for row in rows) <= self._max_seq_len
+            and sum(bool(ends[row.slot]) for row in rows) <= _MAX_ENDING
+        )
+
+    def _device_rounds(self, rows: list[PlanRow], size: int) -> DeviceRounds:
+        tensor = self._inputs.tensor
+        inputs = RoundInputs(
+            token_ids=tensor("token_ids", size),
+            positions=tensor("positions", size),
+            num_stored=tensor("num_stored", size),
+            slot_mapping=tensor("slot_mapping", size),
+            indptr=tensor("indptr", size + 1),
+            indices=self._inputs.indices,
+            block_size=self._block_size,
+        )
+        return DeviceRounds(rows, inputs, self._table.vocab_size)
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether `repeat` can launch the next round of the step that was launched last."""
+        return self._repeatable is not None
+
+    def end_rounds(self) -> None:
+        """Note that another step is about to be launched."""
+        self._repeatable = None
+
+    def repeat(self) -> tuple[Sampled, list[int]]:
+        """Launch the next round of the last step, before its result is known. The caller counts the rounds.
+
+        Returns:
+            As `launch`. The tokens count for nothing if the round before has ended the step.
+        """
+        step = self._repeatable
+        assert step is not None, "the next round's plan must be computed from the result"
+        step.rounds.advance(step.graph.token_ids)
+        step.graph.graph.replay()
+        return Sampled(step.graph.token_ids[: step.num_rows], None), step.num_logprobs
 
     def _check(self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> None:
         """Fail on a plan that contradicts the table, a bug of the scheduler: on a GPU it would read other memory."""

@@ -326,8 +326,25 @@ class ModelRunner:
             pending.expert_tokens = self._expert_loads.poll()
         return pending
 
+    @torch.inference_mode()
+    def repeat(self, plan: StepPlan) -> PendingStep | None:
+        """Launch the next round of ``plan``, the step or the round that was launched last, before its result is known.
+
+        Returns:
+            None: the next round's plan must be computed from the result, and launched.
+        """
+        if self._graphs is None or not self._graphs.can_repeat:
+            return None
+        timer = StepTimer(self.platform.device)
+        pending = PendingStep(plan, *self._graphs.repeat(), timer)
+        if self._expert_loads is not None:
+            pending.expert_tokens = self._expert_loads.poll()
+        return pending
+
     def _launch(self, plan: StepPlan, on_stored: Callable[[int], None]) -> PendingStep:
         timer = StepTimer(self.platform.device)
+        if self._graphs is not None:
+            self._graphs.end_rounds()
         for state in plan.new_sequences:
             self._table.install(state)
         self._delays.on_installed(state.slot for state in plan.new_sequences)
@@ -343,7 +360,9 @@ class ModelRunner:
         if not rows:
             return PendingStep(plan, None, [], timer)
         if self._graphs is not None and self._graphs.fits(rows):
-            sampled, num_logprobs = self._graphs.launch(rows, functools.partial(self._wait_for_turn, plan), timer)
+            rounds = 1 if any(row.num_to_draft for row in plan.rows) else plan.rounds
+            take_turn = functools.partial(self._wait_for_turn, plan)
+            sampled, num_logprobs = self._graphs.launch(rows, take_turn, timer, rounds)
             grammars = self._table.grammars
             missing, forced = grammars.take_missing(), grammars.take_forced()
             return PendingStep(plan, sampled, num_logprobs, timer, None, missing, drafted, forced)

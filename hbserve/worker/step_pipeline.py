@@ -178,17 +178,21 @@ class StepPipeline:
             entry = None if runner.board is None else runner.board.entry(plan)
             self._num_launched += 1
             following = plan
+            ahead = runner.repeat(plan) if plan.rounds > 1 else None
             while True:
                 host_s = time.perf_counter() - began
                 # waits for the device: the next round's plan depends on this one's tokens
                 after = next_round(following, pending.result(), runner.end_tokens_of) if following.rounds > 1 else None
                 step = _LaunchedStep(plan, pending, waited_s, host_s, progress, entry, after is not None)
                 if after is None:
+                    if ahead is not None:
+                        ahead.result()  # it counts for nothing, but it writes to blocks that the result may free
                     self._launched.put(step)
                     break
                 following, began, waited_s = after, time.perf_counter(), 0.0
                 try:
-                    pending = runner.launch(following)
+                    pending = runner.launch(following) if ahead is None else ahead
+                    ahead = runner.repeat(following) if following.rounds > 1 else None
                 finally:  # only now: the collector would take the interpreter from the launch, and the device waits
                     self._launched.put(step)
         except Exception as error:

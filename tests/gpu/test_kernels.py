@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -87,8 +88,12 @@ def test_paged_decode(
 
 @pytest.mark.parametrize("starts", [[900], [31], [64, 2500, 7], [*range(100, 130)]])
 @pytest.mark.parametrize("num_tokens", [2, 5])
-def test_paged_decode_of_several_tokens_of_a_sequence(starts: list[int], num_tokens: int) -> None:
-    """Each token is a row of its own, which shares the sequence's pages and sees the tokens before it."""
+@pytest.mark.parametrize("num_more", [0, 300])
+def test_paged_decode_of_several_tokens_of_a_sequence(starts: list[int], num_tokens: int, num_more: int) -> None:
+    """Each token is a row of its own, which shares the sequence's pages and sees the tokens before it.
+
+    Pieces may be cut for more tokens than there are (`hbserve.engine.rounds`).
+    """
     from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
     from hbserve.kv_cache.layout import KVLayout
 
@@ -104,7 +109,7 @@ def test_paged_decode_of_several_tokens_of_a_sequence(starts: list[int], num_tok
     layout = KVLayout(num_layers=1, block_size=page, num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16)
     cache = random(len(order), 1, 2, page, kv_heads, head_dim)
     decode = PagedDecode(layout, cache, heads, len(lens))
-    cut = decode.cut(lens)
+    cut = decode.cut(lens + np.int32(num_more))
     on_gpu = {
         "pieces": cut.pieces,
         "first_piece": cut.first_piece,
@@ -234,3 +239,56 @@ def test_products_in_a_share_of_the_multiprocessors(percentage: int, end: Litera
                 seen = (product.float() * probe).sum(1)
                 expected = (x.float() * (weight.float() * probe[:, None]).sum(0)).sum(1)
                 assert ((seen - expected).abs() < 0.1 * expected.abs().mean()).all(), (size, inner, rows)
+
+
+def test_rounds_on_the_device_are_those_on_the_host() -> None:
+    """Random rows, guesses and samples: the graph's next inputs follow from the round before as `next_round` says."""
+    from hbserve.engine.rounds.device_rounds import DeviceRounds, RoundInputs
+    from hbserve.messages.worker import PlanRow, StepPlan, StepResult
+    from hbserve.speculation.rounds import next_round
+
+    page, vocab_size, num_padding = 16, 4, 3
+    rng = np.random.default_rng(3)
+
+    def tokens(count: int) -> list[int]:
+        return [int(token) for token in rng.integers(0, vocab_size, count)]
+
+    for num_sequences, num_rounds in [(1, 8), (3, 3), (40, 4)]:
+        rows, tables = [], []
+        for slot in range(num_sequences):
+            start, num_drafts = int(rng.integers(1, 200)), int(rng.integers(0, 16))
+            ahead = tokens(int(rng.integers(0, 60))) if num_drafts else []
+            row = PlanRow(slot, start, num_drafts + 1, tokens(num_drafts + 1), [], True, num_drafts=num_drafts)
+            rows.append(msgspec.structs.replace(row, ahead=ahead))
+            tables.append(rng.integers(0, 1000, (start + num_rounds * (num_drafts + 1)) // page + 1))
+        plan = StepPlan(epoch=1, step_id=1, rows=rows, new_sequences=[], sends=[], rounds=num_rounds)
+
+        def arrays(plan: StepPlan, tables: list[Any] = tables) -> list[list[int]]:
+            places = [(row, row.start + index) for row in plan.rows for index in range(row.num_tokens)]
+            slot_mapping = [int(tables[row.slot][at // page]) * page + at % page for row, at in places]
+            token_ids = [token for row in plan.rows for token in row.token_ids or ()]
+            return [token_ids, [at for _, at in places], [row.start for row, _ in places], slot_mapping]
+
+        def on_gpu(values: list[int]) -> torch.Tensor:
+            return torch.tensor([*values, *[0] * num_padding], dtype=torch.int64, device="cuda")
+
+        pages = [tables[row.slot] for row in rows for _ in range(row.num_tokens)]
+        indptr = torch.tensor(np.cumsum([0, *map(len, pages)]), dtype=torch.int32, device="cuda")
+        indices = torch.tensor(np.concatenate(pages), dtype=torch.int32, device="cuda")
+        inputs = token_ids, positions, num_stored, slot_mapping = [on_gpu(values) for values in arrays(plan)]
+        given = RoundInputs(token_ids, positions, num_stored, slot_mapping, indptr, indices, page)
+        rounds = DeviceRounds(rows, given, vocab_size)
+        following: StepPlan | None = plan
+        while following is not None:
+            sampled = [
+                guess if rng.random() < 0.8 else int(rng.integers(0, vocab_size))
+                for row in following.rows
+                for guess in [*(row.token_ids or ())[1:], 0]
+            ]
+            result = StepResult(epoch=1, step_id=1, token_ids=sampled, logprobs=None, busy_s=0.1)
+            following = next_round(following, result, lambda slot: [])
+            if following is not None:
+                rounds.advance(on_gpu(sampled))
+                assert [array.tolist() for array in inputs] == [
+                    [*values, *[0] * num_padding] for values in arrays(following)
+                ]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, cast
+
+import pytest
+
+from hbserve.engine.model_runner import ModelRunner
 from hbserve.messages.worker import NO_TOKEN, TO_BE_DRAFTED, PlanRow, StepPlan, StepResult
 from hbserve.speculation import Draft
 from hbserve.speculation.rounds import next_round
 from hbserve.speculation.speculator import Record
+from hbserve.worker.events import RoundDone, StepDone, StepEvent
+from hbserve.worker.step_pipeline import StepPipeline
 
 ROWS = [
     PlanRow(0, 10, 3, [1, 2, 3], [7], True, num_drafts=2, ahead=[4, 5, 6]),
@@ -45,3 +53,59 @@ def test_a_step_ends_where_a_sequence_ends_or_a_mask_is_missing() -> None:
     assert next_round(PLAN, result(2, 3, 99, 60, 0, 0, 51), lambda slot: [99]) is None
     assert next_round(PLAN, result(2, 0, 99, 60, 0, 0, 51), lambda slot: [99]) is not None  # behind a wrong guess
     assert next_round(PLAN, result(2, NO_TOKEN, NO_TOKEN, 60, 0, 0, 51), lambda slot: []) is None
+
+
+@dataclasses.dataclass
+class Launched:
+    """A step that a played device computes when its result is asked for."""
+
+    device: Device
+    token: int
+    ready_at: float = 0.0
+
+    def result(self) -> StepResult:
+        self.device.log.append(f"result {self.token}")
+        return StepResult(1, 5, [self.token, 0], None, 0.001)
+
+
+@dataclasses.dataclass
+class Device:
+    """A runner that knows the next round without the result of the last one, or does not; no guess is right."""
+
+    repeats: bool
+    log: list[str] = dataclasses.field(default_factory=list)
+    board: None = None
+    spec: Any = dataclasses.field(default_factory=lambda: type("Spec", (), {"vocab_size": 1000}))
+    num_launched: int = 0
+
+    def launch(self, plan: StepPlan) -> Launched:
+        self.num_launched += 1
+        self.log.append(f"launch {self.num_launched}")
+        return Launched(self, self.num_launched)
+
+    def repeat(self, plan: StepPlan) -> Launched | None:
+        return self.launch(plan) if self.repeats else None
+
+    def end_tokens_of(self, slot: int) -> list[int]:
+        return [3]
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize(("rounds", "num_done"), [(1, 1), (2, 2), (8, 3)])
+def test_a_round_may_be_launched_before_the_result_of_the_last_one(repeats: bool, rounds: int, num_done: int) -> None:
+    device, events = Device(repeats), list[StepEvent]()
+    pipeline = StepPipeline(cast(ModelRunner, device), events.append)
+    row = PlanRow(0, 10, 2, [7, 8], [], True, num_drafts=1, ahead=[9] * 30)
+    pipeline.launch(StepPlan(1, 5, [row], [], [], rounds=rounds))
+    pipeline.close()
+    results = [event.result for event in events if isinstance(event, RoundDone | StepDone)]
+    assert [type(event) for event in events] == [*[RoundDone] * (num_done - 1), StepDone]
+    assert [result.token_ids[0] for result in results] == [*range(1, num_done + 1)]
+    assert [result.more for result in results] == [*[True] * (num_done - 1), False]
+    if repeats and rounds > 1:  # one round ahead; the one behind the end is waited for, because it writes to blocks
+        assert device.log.index("launch 2") < device.log.index("result 1")
+        assert device.num_launched == min(rounds, num_done + 1)
+        assert f"result {device.num_launched}" in device.log
+    else:
+        assert device.log.index("result 1") < device.log.index("launch 2") if rounds > 1 else True
+        assert device.num_launched == num_done
