@@ -37,6 +37,8 @@ from hbserve.model_spec import DTYPES, ModelSpec
 
 _SHORT = BatchShape(1, LengthRange(16, 16), LengthRange(16, 16))
 """Shape of the request that is sent before the first measured run."""
+_LONG_S = 300.0
+"""Runs that take longer are announced, with the options that shorten them."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,13 @@ def _show_setting(
         f"in {floor.decode_steps} steps; {batch.num_output_tokens / floor.seconds:.1f} output tok/s",
         flush=True,
     )
+    seconds = floor.seconds * (options.repeats + options.warmup)
+    if seconds > _LONG_S:
+        print(
+            f"          all runs together take at least {seconds / 60:.0f} minutes on this device; "
+            "--preset one-stream, --num-seqs and --repeats make them shorter",
+            flush=True,
+        )
 
 
 def _show_results(runs: list[RunRecord], floor: Floor) -> None:
