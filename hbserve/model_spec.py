@@ -249,7 +249,7 @@ def _from_config(
         architecture=family.architecture,
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes.get("intermediate_size", 0),
+        intermediate_size=_size(config, family.width_key) if hasattr(config, family.width_key) else 0,
         num_layers=sizes["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

@@ -117,6 +117,7 @@ class Family:
             tensor that holds all of them.
         mlp: name of the feed-forward layer.
         o, down: names of the matrices that end attention and the feed-forward layer.
+        width_key: key of the feed-forward layer's width.
         is_gated: the feed-forward layer computes ``activation(gate) * up``; else ``activation(up)``.
         activation_key: key that names the activation of the feed-forward layer.
         qkv_bias, o_bias, mlp_bias: these projections have a bias: always, never, or as a key of ``config.json`` says.
@@ -134,7 +135,8 @@ class Family:
         router, router_bias: names of the router and of its bias in the checkpoint.
         stacked_experts: names of two tensors with the matrices of all experts, ``gate | up`` and down; None: each
             expert has its own.
-        shared_expert: name of the expert that computes every token.
+        shared_expert: name of the expert that computes every token, within the layer.
+        shared_matrices: names of its matrices, as ``up`` and ``down``; None: they have those names.
         scales: reads factors and soft caps from transformers' configuration.
         keys: other keys of ``config.json`` that the fields above depend on.
         fixed: keys with the values that the forward pass computes; other values are refused.
@@ -151,6 +153,7 @@ class Family:
     mlp: str = "mlp"
     up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+    width_key: str = "intermediate_size"
     is_gated: bool = True
     activation_key: str = "hidden_act"
     qkv_bias: bool | str = False
@@ -167,7 +170,8 @@ class Family:
     router: str = "gate"
     router_bias: str = "gate.e_score_correction_bias"
     stacked_experts: tuple[str, str] | None = None
-    shared_expert: str = "shared_experts"
+    shared_expert: str = "mlp.shared_experts"
+    shared_matrices: tuple[tuple[str, ...], str] | None = None
     scales: Callable[[Any], Scales] = _no_scales
     keys: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -182,4 +186,4 @@ class Family:
         """Keys of ``config.json`` that this declaration names."""
         named = (self.qkv_bias, self.o_bias, self.mlp_bias, self.qk_norm_key)
         keys = {key for key in named if isinstance(key, str)}
-        return keys | {self.activation_key, self.norm_eps_key, *self.keys, *self.fixed}
+        return keys | {self.activation_key, self.norm_eps_key, self.width_key, *self.keys, *self.fixed}

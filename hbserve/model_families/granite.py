@@ -1,6 +1,7 @@
-"""Granite 3 (IBM 2024): Llama with four factors (Yang et al. 2022, maximal update parametrisation).
+"""Granite 3 and 4 (IBM 2024, 2025): Llama with four factors (Yang et al. 2022, maximal update parametrisation).
 
-The models with experts have them in all layers, stacked in one tensor. HyperCLOVA X (NAVER 2025) has norms of what a
+The models with experts have them in all layers, stacked in one tensor. Granite 4's class also has Mamba layers; models
+without them (Micro, 1B, 350M) are served. HyperCLOVA X (NAVER 2025) has norms of what a
 block adds, too, and multiplies the logits where Granite divides.
 """
 
@@ -51,6 +52,31 @@ GRANITE_MOE = Family(
     router="router.layer",
     stacked_experts=("input_linear", "output_linear"),
     keys=(*GRANITE.keys, "num_local_experts", "num_experts_per_tok"),
+)
+
+GRANITE_MOE_SHARED = dataclasses.replace(
+    GRANITE_MOE,
+    model_type="granitemoeshared",
+    architecture="GraniteMoeSharedForCausalLM",
+    experts=lambda config: dataclasses.replace(_experts(config), shared_size=config.shared_intermediate_size),
+    shared_expert="shared_mlp",
+    shared_matrices=(("input_linear",), "output_linear"),
+    keys=(*GRANITE_MOE.keys, "shared_intermediate_size"),
+)
+
+GRANITE_4 = Family(
+    "granitemoehybrid",
+    "GraniteMoeHybridForCausalLM",
+    mlp="shared_mlp",
+    up=("input_linear",),
+    down="output_linear",
+    width_key="shared_intermediate_size",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    rotated_layers=lambda config: [config.position_embedding_type == "rope"] * config.num_hidden_layers,
+    scales=_scales,
+    keys=(*GRANITE.keys, "position_embedding_type", "layers_block_type"),
+    fixed={"num_local_experts": (0,)},
 )
 
 HYPERCLOVAX = dataclasses.replace(

@@ -46,7 +46,7 @@ QWEN2_MOE = Family(
     experts=lambda config: dataclasses.replace(
         _experts(config), shared_size=config.shared_expert_intermediate_size, has_shared_gate=True
     ),
-    shared_expert="shared_expert",
+    shared_expert="mlp.shared_expert",
     keys=(*_EXPERT_KEYS, "shared_expert_intermediate_size"),
 )
 

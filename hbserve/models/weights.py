@@ -158,8 +158,10 @@ class _Sharding:
         yield from self._row_parallel("o", spec.o_bias, f"{attention}{family.o}", q, spec.weight_format)
         if spec.experts is not None and spec.experts.layers[layer]:
             yield from self._experts(mlp, spec.experts)
+            if spec.experts.shared_size:
+                yield from self._shared_expert(prefix, spec.experts)
             return
-        up = _Slice(spec.intermediate_size, list(self._share(spec.intermediate_size, "intermediate_size")))
+        up = _Slice(spec.intermediate_size, list(self._share(spec.intermediate_size, family.width_key)))
         ups = [up] * (2 if family.is_gated else 1)
         yield from self._column_parallel("up", spec.mlp_bias, mlp, family.up, ups, spec.weight_format)
         yield from self._row_parallel("down", spec.mlp_bias, f"{mlp}{family.down}", up, spec.weight_format)
@@ -182,14 +184,16 @@ class _Sharding:
         expert_format = self.spec.weight_format and replace(self.spec.weight_format, is_static=False)
         yield from matrix_parameters(expert_format, "up", up_parts)
         yield from matrix_parameters(expert_format, "down", down_parts)
-        if experts.shared_size:
-            weight_format = self.spec.weight_format
-            shared = f"{prefix}{family.shared_expert}"
-            rows = _Slice(experts.shared_size, list(self._share(experts.shared_size, "width of the shared expert")))
-            yield from self._column_parallel("shared_up", False, f"{shared}.", family.up, [rows] * 2, weight_format)
-            yield from self._row_parallel("shared_down", False, f"{shared}.{family.down}", rows, weight_format)
-            if experts.has_shared_gate:
-                yield "shared_gate", (_part(f"{shared}_gate.weight", (1, hidden)),)
+
+    def _shared_expert(self, prefix: str, experts: Experts) -> Iterator[Parameter]:
+        spec, family = self.spec, self.spec.family
+        up, down = family.shared_matrices or (family.up, family.down)
+        shared = f"{prefix}{family.shared_expert}"
+        rows = _Slice(experts.shared_size, list(self._share(experts.shared_size, "width of the shared expert")))
+        yield from self._column_parallel("shared_up", False, f"{shared}.", up, [rows] * 2, spec.weight_format)
+        yield from self._row_parallel("shared_down", False, f"{shared}.{down}", rows, spec.weight_format)
+        if experts.has_shared_gate:
+            yield "shared_gate", (_part(f"{shared}_gate.weight", (1, spec.hidden_size)),)
 
     def _expert_parts(
         self, prefix: str, experts: Experts, local: tuple[int, int], inner: _Slice

@@ -197,6 +197,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
     },
+    "granitemoeshared": {
+        "model_type": "granitemoeshared",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 4.0,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 80,
+    },
+    "granite4": {
+        "model_type": "granitemoehybrid",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 4.0,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 80,
+        "position_embedding_type": "rope",
+        "layer_types": ["attention"] * 3,
+    },
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "tie_word_embeddings": True},
     "glm": {"model_type": "glm", "head_dim": 32, "attention_bias": True},
     "glm4": {"model_type": "glm4", "head_dim": 32, "attention_bias": True},
@@ -296,6 +317,7 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 _SHARED = (
     *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
     *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
+    *("granitemoeshared", "granite4"),
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
 """Models that do not share all of their attention with another one here."""
