@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 _ALIGNMENT_BYTES = 16
 _NUM_HOST_BUFFERS = 8
 _FED_BACK = -1
-_MAX_ENDING = 8
-"""Rows of a step with rounds on the device that an end token may end: the device then does a round for nothing."""
 
 
 @dataclass(frozen=True)
@@ -304,8 +302,8 @@ class DecodeGraphs:
         repeats = rounds > 1 and bool(plain.all()) and self._may_repeat(rows, rounds)
         last = starts
         if repeats:  # pages and pieces reach as far as the rows can get
-            lengths = np.array([row.num_samples for row in rows], np.int64)[samples.rows]
-            last = starts + (rounds - 1) * lengths
+            max_ends = np.array([_max_end(row, rounds) for row in rows], np.int64)[samples.rows]
+            last = max_ends - 1 - samples.before_end
         self._check(slots, last)
 
         page_of_token = starts // self._block_size
@@ -359,12 +357,10 @@ class DecodeGraphs:
 
     def _may_repeat(self, rows: list[PlanRow], rounds: int) -> bool:
         """Whether all rounds can be launched before a result is known; their samples must be plain."""
-        ends = self._table.end_token_ids
         return (
             not self._feeds_every_row
             and all(row.token_ids is not None for row in rows)
-            and max(row.start + rounds * row.num_samples for row in rows) <= self._max_seq_len
-            and sum(bool(ends[row.slot]) for row in rows) <= _MAX_ENDING
+            and max(_max_end(row, rounds) for row in rows) <= self._max_seq_len
         )
 
     def _device_rounds(self, rows: list[PlanRow], size: int) -> DeviceRounds:
@@ -418,6 +414,12 @@ class DecodeGraphs:
         assert (table.next_positions[slots[fed_back]] == starts[fed_back]).all(), (
             "a slot has sampled no token for the position it starts at"
         )
+
+
+def _max_end(row: PlanRow, rounds: int) -> int:
+    """Return the position behind all that a row can compute in its rounds; in each it starts before its stop."""
+    length = row.num_samples
+    return max(row.start + length, min(row.start + rounds * length, row.stop - 1 + length))
 
 
 def captured_batch_sizes(max_rows: int) -> list[int]:

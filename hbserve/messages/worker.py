@@ -20,6 +20,9 @@ NO_TOKEN = -1
 TO_BE_DRAFTED = -2
 """Stands in `PlanRow.token_ids` for a guess that the worker's draft model makes at the head of the step."""
 
+NO_STOP = (1 << 31) - 1
+"""Stands in `PlanRow.stop` for no position."""
+
 # --- scheduler -> worker --------------------------------------------------------------------------
 
 
@@ -70,6 +73,7 @@ class PlanRow(Value, frozen=True):
         unread: known tokens at positions ``unread_start ..`` that the draft model reads before it guesses anything; of
             a row whose guesses are to be drafted, those before ``start``. None: there are none.
         ahead: guesses of the tokens after ``token_ids``, for later rounds; see `StepPlan`.
+        stop: in a step with rounds, the output is complete when the row would start here; `NO_STOP`: nothing says so.
     """
 
     slot: int
@@ -84,6 +88,7 @@ class PlanRow(Value, frozen=True):
     unread: list[int] | None = None
     unread_start: int = 0
     ahead: list[int] = msgspec.field(default_factory=list)
+    stop: int = NO_STOP
 
     @property
     def num_samples(self) -> int:

@@ -12,7 +12,7 @@ import msgspec
 
 from hbserve.config import Config, InstanceRole
 from hbserve.messages.transfer import LayerGroup, SendBlocks
-from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepRef
+from hbserve.messages.worker import NO_STOP, PlanRow, SequenceState, StepPlan, StepRef
 from hbserve.policy.mixed_step_budget import MIN_ROWS, MIN_TOKENS_ALONE, StepTimeBudget
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
@@ -89,7 +89,7 @@ class StepPlanner:
         if InstanceRole.DECODE in phases and limit.takes_decodes:
             # What prompts may take is shared with drafts: half of it is theirs.
             limit_s = limit.seconds if InstanceRole.PREFILL in phases and instance.prompts else math.inf
-            may_repeat = not (instance.prompts or batch or worker.inflight) and worker.cell is None
+            may_repeat = not (instance.prompts or batch) and worker.cell is None
             max_rounds_s = min(_MAX_ROUNDS_S, _MAX_ROUNDS_SHARE * self._policy.tightest_ttft_s) if may_repeat else 0.0
             if not self._plan_decodes(step, instance, others, None, limit_s, max_rounds_s):
                 return False
@@ -127,7 +127,7 @@ class StepPlanner:
         if drafts is None:
             return False
         if step.rounds > 1:
-            step.rounds = min(self._max_rounds(instance, item, step.rounds, drafts.get(item[0])) for item in decoding)
+            step.rounds = self._rounds(instance, decoding, drafts, step.rounds)
         for sequence, allocation in decoding:
             if step.num_tokens >= self._max_num_batched_tokens:
                 break
@@ -176,13 +176,14 @@ class StepPlanner:
             step_s = timing.predictor.seconds(work)
             limit_s = step_s + max(limit_s - step_s, 0.0) / 2
         gap_s, rounds = timing.gap_s, 1
-        if max_rounds_s and all(allocation.num_planned < len(sequence.tokens) for sequence, allocation in decoding):
+        if max_rounds_s:  # a step that waits for every result may do several rounds
             rounds = int(max_rounds_s / max(timing.predictor.seconds(work), _MIN_ROUND_S))
-            trusted = max(candidate.draft.record.max_rounds for candidate in candidates)
+            trusted = sum(candidate.draft.record.max_rounds for candidate in candidates) // len(candidates)
             rounds = max(1, min(rounds, MAX_ROUNDS, trusted))
             gap_s = (gap_s + (rounds - 1) * timing.round_gap_s) / rounds
         way, lengths = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, limit_s)
-        if way is Way.WHOLE:
+        are_known = all(allocation.num_planned < len(sequence.tokens) for sequence, allocation in decoding)
+        if way is Way.WHOLE and are_known and not step.worker.inflight:
             step.rounds = rounds
         drafts: dict[Sequence, Draft | None] = {}
         for sequence, candidate, length in zip(sequences, candidates, lengths, strict=True):
@@ -194,24 +195,51 @@ class StepPlanner:
                 drafts[sequence] = candidate.draft.first(length)
         return drafts
 
+    def _rounds(
+        self, instance: InstanceHandle, decoding: _Allocations, drafts: dict[Sequence, Draft | None], rounds: int
+    ) -> int:
+        """Return how many rounds a step does, at most ``rounds``, and allocate blocks for them.
+
+        The guesses of most sequences should last. A sequence without guesses, or whose output has ended, is still in
+        the step.
+        """
+        lasting = [
+            1 + len(draft.ahead) // len(draft.token_ids)
+            for draft in drafts.values()
+            if draft is not None and not draft.num_to_draft
+        ]
+        if lasting:
+            rounds = min(rounds, sum(lasting) // len(lasting))
+        for sequence, allocation in decoding:
+            if rounds <= 1:
+                return 1
+            rounds = self._max_rounds(instance, sequence, allocation, rounds, drafts.get(sequence))
+        return rounds
+
     def _max_rounds(
-        self, instance: InstanceHandle, item: tuple[Sequence, KVAllocation], rounds: int, draft: Draft | None
+        self,
+        instance: InstanceHandle,
+        sequence: Sequence,
+        allocation: KVAllocation,
+        rounds: int,
+        draft: Draft | None,
     ) -> int:
         """Return how many rounds a sequence can do at most, and allocate blocks for them."""
-        sequence, allocation = item
         position, length = allocation.num_planned, 1 if draft is None else 1 + len(draft.token_ids)
         if sequence.has_grammar:  # whether a mask is late is known to each rank alone, and all must do the same rounds
             return 1
-        rounds = min(rounds, (sequence.max_total_tokens - 1 - position) // length)
-        if draft is not None:
-            rounds = min(rounds, draft.record.max_rounds)
-        if draft is not None and not draft.num_to_draft:
-            rounds = min(rounds, 1 + len(draft.ahead) // length)
-        elif draft is not None and position - allocation.num_read > 1:
+        if draft is not None and draft.num_to_draft and position - allocation.num_read > 1:
             return 1  # the draft model reads first
-        if rounds <= 1 or position // allocation.pool.block_size >= len(allocation.block_ids):
+        if position // allocation.pool.block_size >= len(allocation.block_ids):
             return 1
-        return max(1, (1 + self._room_for_draft(instance, allocation, rounds * length - 1)) // length)
+        # the last round that counts starts before the end of the output, and computes as much as all others
+        longest = sequence.max_total_tokens - 2 - position + length
+        assert instance.hello is not None, "an instance that has allocations is known"
+        if position + longest > instance.hello.max_model_len:
+            rounds, longest = min(rounds, (sequence.max_total_tokens - 1 - position) // length), rounds * length
+        needed = min(rounds * length, longest)
+        room = 1 + self._room_for_draft(instance, allocation, needed - 1)
+        return rounds if room == needed else max(1, room // length)
 
     def _decoding(self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations) -> _Allocations:
         worker, can_take = step.worker, instance.choice.can_take
@@ -574,6 +602,7 @@ class _StepBuilder:
                 unread=self._unread,
                 unread_start=0 if self._unread is None else allocation.num_read - len(self._unread),
                 ahead=draft.ahead if draft is not None and self.rounds > 1 else [],
+                stop=sequence.max_total_tokens - 1 if self.rounds > 1 else NO_STOP,
             )
         )
         self._unread = None

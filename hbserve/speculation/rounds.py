@@ -2,7 +2,8 @@
 
 Each round verifies a draft of each row and begins behind the tokens that the round before has brought. Its guesses come
 from the draft model, or go on in a longer guess that came with the plan. Scheduler and worker both compute the next
-round from the tokens, so it need not be sent::
+round from the tokens, so it need not be sent. A row whose output has ended stays where it is until the step ends. What
+it samples does not count::
 
     plan      the │ cat sat on a mat and ...        the first guesses, and those that are ahead
     round 1   the │ cat sat on        ─► cat sat in            result: 3 tokens, and more follows
@@ -51,7 +52,7 @@ def next_guesses(draft: list[int], ahead: list[int], num_tokens: int) -> tuple[l
 
 
 def next_round(plan: StepPlan, result: StepResult, end_tokens_of: Callable[[int], Items[int]]) -> StepPlan | None:
-    """Return the plan of the next round; None: the step ends here.
+    """Return the plan of the next round; None: the step ends here, because all outputs have ended or a mask is late.
 
     Args:
         result: of this round.
@@ -60,17 +61,24 @@ def next_round(plan: StepPlan, result: StepResult, end_tokens_of: Callable[[int]
     if plan.rounds <= 1:
         return None
     rows: list[PlanRow] = []
-    index, made = 0, iter(result.draft_ids)
+    num_going_on, index, made = 0, 0, iter(result.draft_ids)
     for row in plan.rows:
         assert row.token_ids is not None, "a row of a step with rounds knows its tokens"
         sampled = result.token_ids[index : index + row.num_samples]
         index += row.num_samples
         num_to_draft = row.num_to_draft
         draft = [next(made) for _ in range(num_to_draft)] or row.token_ids[1:]
+        if row.stop <= row.start:  # it has ended in an earlier round
+            rows.append(row)
+            continue
         tokens = accepted_tokens(draft, sampled)
-        if NO_TOKEN in tokens or not {*end_tokens_of(row.slot)}.isdisjoint(tokens):
+        if NO_TOKEN in tokens:
             return None
         start, unread, ahead = row.start + len(tokens), None, row.ahead
+        if start >= row.stop or not {*end_tokens_of(row.slot)}.isdisjoint(tokens):
+            rows.append(msgspec.structs.replace(row, new_block_ids=[], stop=row.start))
+            continue
+        num_going_on += 1
         if num_to_draft:
             guesses = [TO_BE_DRAFTED] * num_to_draft
             unread = [draft[-1]] if len(tokens) > num_to_draft else None  # it has gone through no pass
@@ -78,4 +86,6 @@ def next_round(plan: StepPlan, result: StepResult, end_tokens_of: Callable[[int]
             guesses, ahead = next_guesses(draft, ahead, len(tokens))
         changes = {"new_block_ids": [], "unread": unread, "unread_start": start - 1, "ahead": ahead}
         rows.append(msgspec.structs.replace(row, start=start, token_ids=[tokens[-1], *guesses], **changes))
+    if not num_going_on:
+        return None
     return msgspec.structs.replace(plan, rows=rows, new_sequences=[], role=None, rounds=plan.rounds - 1)

@@ -183,13 +183,14 @@ class StepPipeline:
                 host_s = time.perf_counter() - began
                 # waits for the device: the next round's plan depends on this one's tokens
                 after = next_round(following, pending.result(), runner.end_tokens_of) if following.rounds > 1 else None
-                step = _LaunchedStep(plan, pending, waited_s, host_s, progress, entry, after is not None)
-                if after is None:
-                    if ahead is not None:
-                        ahead.result()  # it counts for nothing, but it writes to blocks that the result may free
+                more = after is not None or ahead is not None
+                step = _LaunchedStep(plan, pending, waited_s, host_s, progress, entry, more)
+                if not more:
                     self._launched.put(step)
                     break
-                following, began, waited_s = after, time.perf_counter(), 0.0
+                # the round behind the end of all outputs is reported, too: until then it writes to their blocks
+                following = msgspec.structs.replace(following, rounds=1) if after is None else after
+                began, waited_s = time.perf_counter(), 0.0
                 try:
                     pending = runner.launch(following) if ahead is None else ahead
                     ahead = runner.repeat(following) if following.rounds > 1 else None

@@ -8,7 +8,9 @@ attention reach as far as the rows can get in all rounds. Where they really are,
     advance                  token_ids  in  a  mat and     positions  10 11 12 13            three tokens further
     replay ...
 
-The host reads each round's tokens as they come, and computes the same by `hbserve.speculation.rounds.next_round`.
+A sequence that would start at its plan's ``stop`` stays where it is, and computes the same again. One that an end token
+has ended goes on up to there, in blocks of its own, because only the host looks for end tokens. The host reads each
+round's tokens as they come, and computes the same by `hbserve.speculation.rounds.next_round`.
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ _LANES = MAX_DRAFT_TOKENS + 1
 @triton.jit(do_not_specialize=["vocab_size"])
 def _advance_kernel(  # type: ignore[no-untyped-def]
     token_ids, positions, num_stored, slot_mapping,  # changed
-    sampled, indptr, indices, first_rows, lengths, guesses, places, ends,  # ``places`` is changed
+    sampled, indptr, indices, first_rows, lengths, stops, guesses, places, ends,  # ``stops`` and ``places`` are changed
     vocab_size, page: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
     length = tl.load(lengths + sequence)
     lane = tl.arange(0, lanes)
-    row = tl.load(first_rows + sequence) + lane
+    first = tl.load(first_rows + sequence)
+    row = first + lane
     in_row = lane < length
     has_guess = lane + 1 < length
     token = tl.load(sampled + row, mask=in_row, other=0)
@@ -47,19 +50,25 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
     last = tl.min(tl.where(is_right, lanes, lane), axis=0)  # place of the first sample that was not guessed
     new = tl.sum(tl.where(lane == last, token, 0), axis=0)
     new = tl.where((new >= 0) & (new < vocab_size), new, 0)  # without a largest logit; the host finds it in the result
+    stored = tl.load(num_stored + first) + last + 1
+    stop = tl.load(stops + sequence)
+    goes_on = lane < tl.where(stored < stop, length, 0)
     place = tl.load(places + sequence) + last + 1
     at = place + lane - 1
     is_known = in_row & (lane > 0) & (at < tl.load(ends + sequence))
     following = tl.load(guesses + at, mask=is_known, other=0)
     position = tl.load(positions + row, mask=in_row, other=0) + last + 1
-    stored = tl.load(num_stored + row, mask=in_row, other=0) + last + 1
-    page_id = tl.load(indices + tl.load(indptr + row, mask=in_row, other=0) + position // page, mask=in_row, other=0)
+    first_page = tl.load(indptr + row, mask=in_row, other=0)
+    page_id = tl.load(indices + first_page + position // page, mask=goes_on, other=0)
     tl.debug_barrier()  # everything has been read
-    tl.store(token_ids + row, tl.where(lane == 0, new, following), mask=in_row)
-    tl.store(positions + row, position, mask=in_row)
-    tl.store(num_stored + row, stored, mask=in_row)
-    tl.store(slot_mapping + row, page_id.to(tl.int64) * page + position % page, mask=in_row)
+    tl.store(token_ids + row, tl.where(lane == 0, new, following), mask=goes_on)
+    tl.store(positions + row, position, mask=goes_on)
+    tl.store(num_stored + row, stored, mask=goes_on)
+    tl.store(slot_mapping + row, page_id.to(tl.int64) * page + position % page, mask=goes_on)
     tl.store(places + sequence, place)
+    tl.store(
+        stops + sequence, tl.where(stored < stop, stop, 0)
+    )  # a sequence that has stopped does not go on, whatever is sampled now
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class DeviceRounds:
             {
                 "first_rows": np.cumsum(lengths) - lengths,
                 "lengths": lengths,
+                "stops": np.array([row.stop for row in rows], np.int64),
                 "guesses": flat,
                 "places": ends - [len(tokens) for tokens in guesses],
                 "ends": ends,
@@ -112,6 +122,7 @@ class DeviceRounds:
         _advance_kernel[(self._num_sequences,)](
             inputs.token_ids, inputs.positions, inputs.num_stored, inputs.slot_mapping,
             sampled, inputs.indptr, inputs.indices,
-            tensors["first_rows"], tensors["lengths"], tensors["guesses"], tensors["places"], tensors["ends"],
+            tensors["first_rows"], tensors["lengths"], tensors["stops"],
+            tensors["guesses"], tensors["places"], tensors["ends"],
             self._vocab_size, inputs.block_size, _LANES, num_warps=1,
         )  # fmt: skip
