@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hbserve.errors import InvalidRequestError, ModelError
+from hbserve.model_families.with_images import text_document, text_tensors
 from hbserve.sampling_params import SamplingParams
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -51,11 +52,13 @@ class TensorEntry:
     """A tensor in a safetensors file.
 
     Attributes:
+        name: as in the file.
         dtype: safetensors' name, such as ``BF16``.
         begin, end: its bytes in the file.
     """
 
     path: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
@@ -111,13 +114,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, and check the sizes in it.
+    """Read config.json, and check the sizes in it. Of a model with images it is the text part's.
 
     Raises:
         ModelError: naming file and key.
     """
     path = folder / "config.json"
-    document = read_json(path)
+    document = text_document(read_json(path))
     for key, bound in SIZES.items():
         value = document.get(key)
         if value is not None:
@@ -209,15 +212,16 @@ def _is_file(path: Path) -> bool:
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, TensorEntry]:
-    """List the tensors of a model folder, by name.
+    """List the tensors of a model folder, by name. Of a model with images they are the text part's.
 
     Raises:
         ModelError: naming the file that cannot be read.
     """
-    return {name: entry for path in checkpoint_files(folder) for name, entry in _header(path)}
+    entries = {entry.name: entry for path in checkpoint_files(folder) for entry in _header(path)}
+    return {name: entries[stored] for stored, name in text_tensors([*entries]).items()}
 
 
-def _header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
+def _header(path: Path) -> Iterator[TensorEntry]:
     """Read a safetensors file's header: 8 bytes of header length, a JSON header, and the data."""
     try:
         with safe_open(path, framework="np"):
@@ -228,7 +232,7 @@ def _header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
-            yield name, TensorEntry(path, entry["dtype"], tuple(entry["shape"]), begin, end)
+            yield TensorEntry(path, name, entry["dtype"], tuple(entry["shape"]), begin, end)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(f"{path} cannot be read: {reason_of(error)}") from None
     except RecursionError:

@@ -92,7 +92,7 @@ def load_weights(
     renamed = _renamed(spec, tensors)
     places = _places(table.views(arena), checkpoint_parts(spec, tp_rank, tp_size, has_whole_experts))
     reads = [
-        Read(name, entry, part, target)
+        Read(entry.name, entry, part, target)
         for name, entry in tensors.items()
         for part, target in places.get(renamed.get(name, name), ())
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 # on busy cores more threads than one wait for each other longer than tiny tensors take
@@ -42,6 +42,14 @@ _YARN_ROPE = {
     "factor": 4.0,
     "beta_fast": 16,
     "original_max_position_embeddings": 64,
+}
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
 }
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -180,6 +188,18 @@ MODELS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
+    "gemma3_with_images": {
+        "model_type": "gemma3",
+        "text_config": _BASE
+        | {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "vision_config": _VISION,
+    },
+    "mistral3": {"model_type": "mistral3", "text_config": _BASE | {"model_type": "mistral"}, "vision_config": _VISION},
     "granite": {
         "model_type": "granite",
         "embedding_multiplier": 12.0,
@@ -317,7 +337,7 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 _SHARED = (
     *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
     *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
-    *("granitemoeshared", "granite4"),
+    *("granitemoeshared", "granite4", "gemma3_with_images", "mistral3"),
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
 """Models that do not share all of their attention with another one here."""
@@ -334,7 +354,8 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
     generator = torch.Generator().manual_seed(1234)
     # With a soft cap, some versions of transformers choose torch's attention, which has none.
     kernel = {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kernel).eval()
+    auto_class = AutoModelForImageTextToText if "vision_config" in options else AutoModelForCausalLM
+    model = auto_class.from_config(config, dtype=dtype, **kernel).eval()
     with torch.no_grad():
         biases = [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
         for parameter_name, parameter in [*model.named_parameters(), *biases]:

@@ -1,0 +1,57 @@
+"""Classes with an encoder of images, whose text part is served.
+
+Their ``config.json`` has the text model's keys under ``text_config``, and their checkpoints have its tensors beside
+those of the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+TEXT_PARTS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "gemma3": ("Gemma3ForConditionalGeneration", "gemma3_text"),
+        "llava": ("LlavaForConditionalGeneration", "llama"),
+        "mistral3": ("Mistral3ForConditionalGeneration", "mistral"),
+    }
+)
+"""By transformers' ``model_type``, the class name, and the ``model_type`` of a ``text_config`` that names none."""
+
+_ENCODERS = ("vision_tower.", "multi_modal_projector.")
+_TEXT, _NEW_TEXT = "language_model.", "model.language_model."
+
+
+def text_document(document: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``config.json`` says of the text part; other documents as they are.
+
+    Keys that the part leaves out, such as the dtype, are the whole model's.
+    """
+    model_type, architectures, part = (document.get(key) for key in ("model_type", "architectures", "text_config"))
+    names = architectures if isinstance(architectures, list) else []
+    found = [
+        text_type
+        for name, (architecture, text_type) in TEXT_PARTS.items()
+        if (model_type is None or model_type == name) and (not names or names[0] == architecture)
+    ]
+    if not found or (model_type is None and not names) or not isinstance(part, dict):
+        return document
+    whole = {key: value for key, value in document.items() if key not in ("architectures", "text_config")}
+    given = {key: value for key, value in part.items() if key != "architectures" and value is not None}
+    return whole | {"model_type": found[0]} | given
+
+
+def text_tensors(names: list[str]) -> dict[str, str]:
+    """Return the text part's tensors: for each name in a checkpoint the one that the text model's own class gives it.
+
+    Published checkpoints begin all names of the part with ``language_model.``; transformers 5 writes
+    ``model.language_model.``, but not before the LM head.
+    """
+    if not any(name.startswith((_TEXT, _NEW_TEXT)) for name in names):
+        return {name: name for name in names}
+    return {
+        name: f"model.{name.removeprefix(_NEW_TEXT)}" if name.startswith(_NEW_TEXT) else name.removeprefix(_TEXT)
+        for name in names
+        if not name.removeprefix("model.").startswith(_ENCODERS)
+    }
