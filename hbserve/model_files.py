@@ -121,6 +121,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     document = text_document(read_json(path))
+    check_sizes(document, path)
+    return document
+
+
+def check_sizes(document: dict[str, Any], path: Path) -> None:
+    """Check the sizes in a description of a model, and make them integers.
+
+    Args:
+        path: of the file that it is from.
+
+    Raises:
+        ModelError: naming file and key.
+    """
     for key, bound in SIZES.items():
         value = document.get(key)
         if value is not None:
@@ -128,7 +141,19 @@ def read_config(folder: Path) -> dict[str, Any]:
             if number is None or not 1 <= number <= bound:
                 raise ModelError(f"{path}: {key} must be an integer in 1..{bound}, got {shown(value)}")
             document[key] = number
-    return document
+
+
+def is_eagle3_head(folder: Path) -> bool:
+    """Whether a folder's config.json describes an EAGLE-3 head; False if the file is not there or not readable."""
+    try:
+        document = read_json(folder / "config.json")
+    except ModelError:
+        return False
+    names = document.get("architectures")
+    is_named = isinstance(names, list) and any(isinstance(name, str) and "eagle3" in name.lower() for name in names)
+    if is_named or document.get("speculators_model_type") == "eagle3":
+        return True
+    return document.get("draft_vocab_size") is not None
 
 
 def read_sampling_defaults(folder: Path) -> dict[str, Any]:

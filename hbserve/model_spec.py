@@ -141,8 +141,18 @@ class ModelSpec:
             ModelError: the file cannot be read, or names something that is not supported.
         """
         folder = Path(folder)
+        return ModelSpec.from_document(read_config(folder), folder, quantization, kv_dtype, max_model_len)
+
+    @staticmethod
+    def from_document(
+        document: dict[str, Any],
+        folder: Path,
+        quantization: Literal["fp8"] | None = None,
+        kv_dtype: Literal["auto", "fp8"] = "auto",
+        max_model_len: int | None = None,
+    ) -> ModelSpec:
+        """Make a spec from the content of ``config.json``. Arguments and errors as `load`."""
         path = folder / "config.json"
-        document = read_config(folder)
         from transformers import CONFIG_MAPPING  # takes seconds, and most processes get a ready spec
 
         try:

@@ -145,9 +145,14 @@ FOREIGN_NAMES = _table(
             "speculative_model speculative_draft_model_path",
             _BOTH,
             "speculation.model",
-            "the draft model's folder or name, with speculation.method draft_model",
+            "the folder or name of the draft model or head, with speculation.method draft_model or eagle3",
         ),
-        ("speculative_config speculative_algorithm", _BOTH, "speculation.method", "ngram, suffix, draft_model or auto"),
+        (
+            "speculative_config speculative_algorithm",
+            _BOTH,
+            "speculation.method",
+            "ngram, suffix, draft_model, eagle3 or auto",
+        ),
         ("speculative_num_steps", _SGLANG, "speculation.max_draft_tokens", "1 to 15"),
         ("speculative_eagle_topk", _SGLANG, None, "a draft is one sequence of tokens, no tree; leave it out"),
         (

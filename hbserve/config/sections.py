@@ -200,13 +200,14 @@ class SpeculationConfig(Section, frozen=True):
     Attributes:
         method: ``none``: only a request's own ``prediction`` is tried; ``ngram``: tokens that followed the last three
             when they were in the prompt or the output before; ``suffix``: what followed the longest match, there or in
-            recent outputs of the same ``cache_salt``; ``draft_model``: a small model in the same workers; ``auto``:
-            whichever of these was right more often, the draft model among them if ``model`` names one.
-        model: folder or name of the draft model, which must have the same vocabulary.
+            recent outputs of the same ``cache_salt``; ``draft_model``: a small model in the same workers; ``eagle3``: a
+            head in the same workers that reads the model's hidden states; ``auto``: whichever of these was right more
+            often, the draft model or head among them if ``model`` names one.
+        model: folder or name of the draft model, which must have the same vocabulary, or of the head.
         max_draft_tokens: guesses of one sequence in one step, at most; acceptance and step times decide how many.
     """
 
-    method: Literal["none", "ngram", "suffix", "draft_model", "auto"] = "none"
+    method: Literal["none", "ngram", "suffix", "draft_model", "eagle3", "auto"] = "none"
     model: str | None = None
     max_draft_tokens: Annotated[int, Meta(ge=1, le=MAX_DRAFT_TOKENS, description=f"in 1..{MAX_DRAFT_TOKENS}")] = 7
 

@@ -350,10 +350,13 @@ def _validate_targets(config: Config) -> None:
 
 def _validate_speculation(config: Config) -> None:
     given = config.speculation
-    if given.method == "draft_model" and given.model is None:
-        raise _error("speculation.model", "name the draft model's folder, or choose another speculation.method")
-    if given.method not in ("draft_model", "auto") and given.model is not None:
-        raise _error("speculation.model", f"has no effect with method {given.method}; choose draft_model or auto")
+    names = {"draft_model": "the draft model's", "eagle3": "the head's"}
+    if given.method in names and given.model is None:
+        what = f"name {names[given.method]} folder, or choose another speculation.method"
+        raise _error("speculation.model", what)
+    if given.method not in (*names, "auto") and given.model is not None:
+        what = f"has no effect with method {given.method}; choose draft_model, eagle3 or auto"
+        raise _error("speculation.model", what)
 
 
 def _validate_kv_transfer(config: Config) -> None:

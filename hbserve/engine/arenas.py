@@ -23,6 +23,7 @@ from hbserve.float8 import FP8
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.parallel import TensorParallel
 from hbserve.model_spec import DTYPES, ModelSpec
+from hbserve.models.eagle3_spec import Eagle3Spec
 from hbserve.models.loader import check_weights, fill_dummy_weights, load_weights
 from hbserve.models.weights import WeightTable
 from hbserve.platform import Platform
@@ -58,6 +59,7 @@ class ArenaAttachment(msgspec.Struct, frozen=True):
         board: handle of a `StepBoard`'s memory.
         spec: of the model, as `ModelSpec.as_plain`.
         draft_spec, draft_table: of the draft model, which comes after the model in both arenas; None: there is none.
+        draft_head: `Eagle3Spec.as_plain`, if it is a head.
     """
 
     epoch: int
@@ -73,6 +75,7 @@ class ArenaAttachment(msgspec.Struct, frozen=True):
     spec: dict[str, Any]
     draft_spec: dict[str, Any] | None = None
     draft_table: WeightTable | None = None
+    draft_head: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ def share_arenas(
     handles: list[str] = []
     allocate = _sharing(platform, handles)
     arenas = _make(config, spec, platform, parallel, allocate, allocate, 1, agree)
+    head = None if arenas.draft is None else arenas.draft.part.head
     board = platform.allocate_shared_host(StepBoard.num_bytes(config.performance.max_num_seqs))
     platform.synchronize()
     return arenas, ArenaAttachment(
@@ -167,6 +171,7 @@ def share_arenas(
         spec=spec.as_plain(),
         draft_spec=None if arenas.draft is None else arenas.draft.part.spec.as_plain(),
         draft_table=None if arenas.draft is None else arenas.draft.part.table,
+        draft_head=None if head is None else head.as_plain(),
     )
 
 
@@ -202,7 +207,8 @@ def attach_arenas(
     part = None
     if attachment.draft_spec is not None and attachment.draft_table is not None:
         draft_spec = ModelSpec.from_plain(attachment.draft_spec)
-        part = DraftPart.attached(config, draft_spec, attachment.draft_table, attachment.block_size, parallel)
+        head = None if attachment.draft_head is None else Eagle3Spec.from_plain(attachment.draft_head)
+        part = DraftPart.attached(config, draft_spec, attachment.draft_table, attachment.block_size, parallel, head)
     num_arena_blocks = attachment.num_blocks + 1
     return Arenas(
         weights,
@@ -252,10 +258,11 @@ def _make(
     max_len, block_bytes = spec.max_position_embeddings, layout.block_bytes
     if part is not None:
         part.load_weights(config, weights[table.num_bytes :], parallel)
-        max_len, block_bytes = min(max_len, part.spec.max_position_embeddings), block_bytes + part.layout.block_bytes
+        max_len, block_bytes = min(max_len, part.spec.max_position_embeddings), block_bytes + part.block_bytes
     size = agree(_size_kv(config, max_len, block_size, block_bytes, platform, parallel.size))
     num_arena_blocks = size.num_blocks + num_spare_blocks
-    kv = allocate_kv(num_arena_blocks * block_bytes, f"a KV cache of {size.num_blocks} blocks")
+    num_kv_bytes = num_arena_blocks * layout.block_bytes + (0 if part is None else part.num_bytes(num_arena_blocks))
+    kv = allocate_kv(num_kv_bytes, f"a KV cache of {size.num_blocks} blocks")
     draft = _draft_arenas(part, table, weights, layout, kv, num_arena_blocks)
     return Arenas(weights, table, kv, layout, size.num_blocks, None, size.max_model_len, draft=draft)
 
@@ -265,7 +272,8 @@ def _draft_arenas(
 ) -> DraftArenas | None:
     if part is None:
         return None
-    return DraftArenas(part, weights[table.num_bytes :], kv[blocks * layout.block_bytes :])
+    blocks_end = blocks * (layout.block_bytes + part.layout.block_bytes)
+    return DraftArenas(part, weights[table.num_bytes :], kv[blocks * layout.block_bytes : blocks_end], kv[blocks_end:])
 
 
 def _size_kv(

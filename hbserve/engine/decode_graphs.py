@@ -23,6 +23,7 @@ import torch
 from hbserve.attention.base import PageTables
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 from hbserve.engine.capture import capturing, compiling, run_to_capture
+from hbserve.engine.draft_model.head_pass import HeadPass
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.graph_sizes import GraphSizes
 from hbserve.engine.pending_step import StepTimer
@@ -149,6 +150,7 @@ class DecodeGraphs:
         defers: capture only some sizes now, and leave the others to `capture`.
         drafts: of a draft model: few sizes, and the last sample of each row is fed back (`Samples.feeds_every_row`).
         pool: memory pool of graphs that never run at the same time; None: a new one.
+        head: the forward pass, if ``decoder`` is a head that also reads hidden states; None: it is a model.
 
     Attributes:
         sizes: the batch sizes with and without a graph.
@@ -163,7 +165,9 @@ class DecodeGraphs:
         defers: bool,
         drafts: bool = False,
         pool: Any = None,
+        head: HeadPass | None = None,
     ) -> None:
+        self._head = head
         self._feeds_every_row, self._first_pool = drafts, pool
         self._decoder, self._attention, self._table = decoder, attention, table
         self._block_size = attention.layout.block_size
@@ -174,7 +178,7 @@ class DecodeGraphs:
         device = table.last_token_ids.device
         self._inputs = _StepInputs(table.max_num_seqs, attention.capacity(table.max_num_seqs), max_pages, device)
         # All graphs share it: a step reads it, if at all, before the next replay.
-        self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.lm_head.shape[0])
+        self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.num_logits)
         self._graphs: dict[int, _Graph] = {}
         self._repeatable: _Repeatable | None = None
         self._capture_first(device, defers)
@@ -258,12 +262,17 @@ class DecodeGraphs:
         slots, given = inputs.tensor("slots", size), inputs.tensor("token_ids", size)
         positions = inputs.tensor("positions", size)
         last = self._table.last_token_ids
-        token_ids = torch.where(given == _FED_BACK, last[slots], given)
-        hidden = self._decoder.forward(token_ids, positions, self._attention, layers=layers)
+        is_fed_back = given == _FED_BACK
+        token_ids, sampled_after = torch.where(is_fed_back, last[slots], given), positions
+        if self._head is None:
+            hidden = self._decoder.forward(token_ids, positions, self._attention, layers=layers)
+        else:
+            sampled_after = positions + self._head.noise_offsets[slots]
+            hidden = self._head.forward(token_ids, positions, self._attention, is_fed_back, slots)
         logits = self._decoder.shard_logits(hidden, self._logits[:size])
         temperatures, seeds = inputs.tensor("temperatures", size), inputs.tensor("seeds", size)
-        parallel, vocab_size = self._decoder.parallel, self._decoder.spec.vocab_size
-        sampled = fast_sample(logits, temperatures, seeds, positions, vocab_size, parallel)
+        parallel, vocab_size = self._decoder.logits_parallel, self._decoder.spec.vocab_size
+        sampled = fast_sample(logits, temperatures, seeds, sampled_after, vocab_size, parallel)
         last[slots] = sampled
         return sampled
 

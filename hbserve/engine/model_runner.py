@@ -18,6 +18,7 @@ from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.engine.arenas import ArenaAttachment, attach_arenas, check_fp8, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
 from hbserve.engine.draft_model.drafter import ModelDrafter
+from hbserve.engine.draft_model.head_drafter import make_drafter
 from hbserve.engine.expert_loads import ExpertLoads
 from hbserve.engine.grammar_table import GrammarTable
 from hbserve.engine.graph_sizes import DelayLimit, GraphSizes
@@ -132,7 +133,7 @@ class ModelRunner:
         )
         self._drafter: ModelDrafter | None = None
         if arenas.draft is not None:
-            self._drafter = ModelDrafter(config, arenas.draft, self._table, num_arena_blocks, platform, parallel)
+            self._drafter = make_drafter(config, arenas.draft, self._decoder, self._table, num_arena_blocks, platform)
         self._config = config
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
@@ -160,6 +161,11 @@ class ModelRunner:
     def end_tokens_of(self, slot: int) -> list[int]:
         """Return the tokens that end the output of a slot's sequence."""
         return self._table.end_token_ids[slot]
+
+    @property
+    def has_eagle_head(self) -> bool:
+        """Whether an EAGLE-3 head makes its drafts."""
+        return self._decoder.taps is not None
 
     @property
     def grammars(self) -> GrammarTable:

@@ -115,9 +115,11 @@ class PrefillGraphs:
     def _rehearse(self, size: int) -> None:
         """Load every kernel."""
         residual = self._piece(0, None, size)
-        for layer in self._decoder.typical_layers:
-            if layer + 1 < len(self._decoder.layers):
-                self._piece(layer + 1, residual, size)
+        taps = self._decoder.taps
+        begins = {layer + 1 for layer in self._decoder.typical_layers} | ({*taps.layers} if taps else set())
+        for layer in sorted(begins):
+            if layer < len(self._decoder.layers):
+                self._piece(layer, residual, size)
         self._finish(residual, size)
 
     def _piece(self, index: int, residual: ResidualStream | None, size: int) -> ResidualStream:

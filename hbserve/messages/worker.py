@@ -48,6 +48,8 @@ class SequenceState(Value, frozen=True):
         history: prompt and output tokens so far, only if penalties or a grammar need them.
         num_prompt_tokens: number of the prompt's tokens in ``history``.
         min_end_position: no token of ``end_token_ids`` is sampled for a position before this.
+        draft_start: where a head that drafts begins: before it are positions whose hidden states are elsewhere. It is
+            the begin of a block.
     """
 
     slot: int
@@ -57,6 +59,7 @@ class SequenceState(Value, frozen=True):
     min_end_position: int
     num_prompt_tokens: int
     history: list[int] | None = None
+    draft_start: int = 0
 
 
 class PlanRow(Value, frozen=True):
@@ -122,6 +125,8 @@ class StepPlan(Message, frozen=True):
         is_probe: it belongs to no request; only its duration is of interest.
         rounds: how often the step may be done, at most, each time behind the tokens that it has brought; see
             `hbserve.speculation.rounds`.
+        rereads: guesses that were right are unread again, because the drafter is a head: it has read them with hidden
+            states of its own.
     """
 
     epoch: int
@@ -134,6 +139,7 @@ class StepPlan(Message, frozen=True):
     after: StepRef | None = None
     is_probe: bool = False
     rounds: int = 1
+    rereads: bool = False
 
 
 class StepLost(Message, frozen=True):
@@ -166,6 +172,7 @@ class Hello(Message, frozen=True):
         peers: addresses of its ranks for KV, in their order.
         tiers: where it can store KV blocks and load them from, the fastest first.
         one_sided: whether its transfer backend writes into the receiver's arena, while the receiver takes no part.
+        has_eagle_head: whether its drafts are those of an EAGLE-3 head, not of a draft model.
     """
 
     instance_id: str
@@ -187,6 +194,7 @@ class Hello(Message, frozen=True):
     device: str
     peers: list[Peer]
     one_sided: bool = False
+    has_eagle_head: bool = False
     tiers: list[TierInfo] = msgspec.field(default_factory=list)
 
 

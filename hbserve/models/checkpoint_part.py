@@ -119,5 +119,13 @@ class KVScalePart(CheckpointPart):
         return scales[:, self.start : self.stop]
 
 
+@dataclass(frozen=True)
+class NumbersPart(CheckpointPart):
+    """A whole vector of integers."""
+
+    arena_dtype: ClassVar[str | None] = "int64"
+    stored_dtypes: ClassVar[tuple[str, ...]] = ("I64", "I32")
+
+
 Parameter = tuple[str, tuple[CheckpointPart, ...]]
 """Name of a parameter in the arena, and the parts that are stacked in it, first to last row."""

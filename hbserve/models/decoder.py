@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,12 +70,29 @@ class _Layer:
         return _Layer(qkv=qkv, o=o, mlp=mlp, **tensors)
 
 
+class LayerTaps(Protocol):
+    """Takes inputs of layers out of a forward pass, for a head that guesses tokens. Attributes: layers: which ones."""
+
+    layers: tuple[int, ...]
+
+    def take(self, layer: int, hidden: Tensor, slots: Tensor) -> None:
+        """Take the input ``[tokens, hidden]`` of any layer; it changes later.
+
+        Args:
+            slots: int64 ``[tokens]``, KV slots of the tokens, -1 of padding.
+        """
+        ...
+
+
 class Decoder:
     """A decoder-only transformer over flat batches: the tokens of all sequences one after the other.
 
     Args:
         weights: `WeightTable.views` of this rank; the decoder uses them in place.
         parallel: the group of ranks that computes the model; None: this process alone.
+
+    Attributes:
+        taps: takes the inputs of some layers; None: nothing reads them.
     """
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], parallel: TensorParallel | None = None) -> None:
@@ -84,6 +101,7 @@ class Decoder:
         self.embedding, self.final_norm, self.lm_head = (
             weights[name] for name in ("embedding", "final_norm", "lm_head")
         )
+        self.taps: LayerTaps | None = None
         # transformers rounds the factor of the embeddings to the model's dtype
         self._embedding_scale = self.embedding.new_tensor(spec.scales.embedding, device="cpu").item()
         self._ops = select_ops(spec, self.embedding.device, self.parallel)
@@ -101,6 +119,7 @@ class Decoder:
         """
         kinds: list[Sequence[object]] = [self.spec.sliding_windows, [layer.kind for layer in self.layers]]
         firsts = {values.index(value) for values in kinds for value in set(values)}
+        firsts |= set() if self.taps is None else {*self.taps.layers}
         return sorted({0, min(1, len(self.layers) - 1), *firsts})
 
     @property
@@ -168,6 +187,8 @@ class Decoder:
         """Compute a layer up to its attention: write queries to ``q``, keys and values to the cache."""
         layer, ops = self.layers[index], self._ops
         qkv = ops.norm_linear(stream, layer.attention_in_norm, layer.qkv)
+        if self.taps is not None:  # the norm has added what was pending to the stream
+            self.taps.take(index, stream.total, attention.slot_mapping)
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         ops.rotate_and_store(qkv, norms, positions, attention, index, q)
 
@@ -187,6 +208,16 @@ class Decoder:
     def finish(self, stream: ResidualStream) -> Tensor:
         """Return the final norm of the stream, ``[tokens, hidden]``."""
         return self._ops.norm(stream, self.final_norm)
+
+    @property
+    def num_logits(self) -> int:
+        """Columns of `shard_logits`."""
+        return self.lm_head.shape[0]
+
+    @property
+    def logits_parallel(self) -> TensorParallel:
+        """The ranks that share the logits out."""
+        return self.parallel
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits ``[rows, vocab]`` of rows of `forward`'s result, in the model's dtype."""

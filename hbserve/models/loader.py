@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,15 +47,31 @@ def check_weights(folder: str | Path, spec: ModelSpec) -> None:
             names file and tensor.
     """
     folder = Path(folder)
+    renamed = _renamed(spec, checkpoint_tensors(folder))
+    check_parts(folder, spec.architecture, checkpoint_parts(spec), renamed, lambda name: _is_harmless(name, spec))
+
+
+def check_parts(
+    folder: Path,
+    architecture: str,
+    parameters: Mapping[str, tuple[CheckpointPart, ...]],
+    renamed: Mapping[str, str],
+    is_harmless: Callable[[str], bool],
+) -> None:
+    """Compare the headers of a checkpoint with the parts of parameters. Errors as `check_weights`.
+
+    Args:
+        renamed: names of parts, by the name that the checkpoint has for them.
+        is_harmless: whether a tensor that is no part may be there.
+    """
     tensors = checkpoint_tensors(folder)
-    renamed = _renamed(spec, tensors)
-    expected = {part.name: part for parts in checkpoint_parts(spec).values() for part in parts}
+    expected = {part.name: part for parts in parameters.values() for part in parts}
     for name, entry in tensors.items():
         part = expected.get(renamed.get(name, name))
         if part is not None:
             _check_tensor(name, entry, part)
-        elif not _is_harmless(name, spec):
-            raise ModelError(f"{entry.path}: tensor {name} has no place in {spec.architecture} as config.json has it")
+        elif not is_harmless(name):
+            raise ModelError(f"{entry.path}: tensor {name} has no place in {architecture} as config.json has it")
     present = {renamed.get(name, name) for name in tensors}
     missing = [part for name, part in expected.items() if name not in present]
     if missing:
@@ -88,9 +105,20 @@ def load_weights(
     check_weights(folder, spec)
     if (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
         logger.warning("%s has %s and %s; the first is read", folder, SINGLE_FILE, INDEX_FILE)
+    renamed = _renamed(spec, checkpoint_tensors(folder))
+    load_parts(folder, checkpoint_parts(spec, tp_rank, tp_size, has_whole_experts), renamed, table, arena)
+
+
+def load_parts(
+    folder: Path,
+    parameters: Mapping[str, tuple[CheckpointPart, ...]],
+    renamed: Mapping[str, str],
+    table: WeightTable,
+    arena: Tensor,
+) -> None:
+    """Copy the parts of parameters into the arena. Errors as `load_weights`, arguments as `check_parts`."""
     tensors = checkpoint_tensors(folder)
-    renamed = _renamed(spec, tensors)
-    places = _places(table.views(arena), checkpoint_parts(spec, tp_rank, tp_size, has_whole_experts))
+    places = _places(table.views(arena), parameters)
     reads = [
         Read(entry.name, entry, part, target)
         for name, entry in tensors.items()
@@ -111,7 +139,7 @@ def fill_dummy_weights(spec: ModelSpec, table: WeightTable, arena: Tensor, seed:
     views = table.views(arena)
     generator = torch.Generator(arena.device).manual_seed(seed)
     noise = torch.empty(_DUMMY_PERIOD_ELEMENTS, device=arena.device).normal_(0, _DUMMY_STD, generator=generator)
-    dtype = views["embedding"].dtype
+    dtype = views["lm_head"].dtype
     noise = noise.to(dtype)
     _repeat(arena[: table.num_bytes].view(dtype), noise)
     shares = None if spec.experts is None or expert_skew == 0 else expert_shares(spec.experts, expert_skew)
@@ -119,7 +147,7 @@ def fill_dummy_weights(spec: ModelSpec, table: WeightTable, arena: Tensor, seed:
     for name, view in views.items():
         if name.endswith("norm"):
             _fill_norm(view, spec)
-        elif name.endswith("router_bias"):
+        elif name.endswith("router_bias") or view.dtype == torch.int64:
             view.zero_()
         elif name.endswith("router"):
             _repeat(view.flatten(), noise.to(view.dtype))
@@ -149,7 +177,7 @@ def _repeat(target: Tensor, period: Tensor) -> None:
 
 
 def _places(
-    views: dict[str, Tensor], parameters: dict[str, tuple[CheckpointPart, ...]]
+    views: dict[str, Tensor], parameters: Mapping[str, tuple[CheckpointPart, ...]]
 ) -> dict[str, list[tuple[CheckpointPart, Tensor]]]:
     """Map each tensor of the checkpoint to its parts, and the rows of the arena that each of them fills."""
     places: dict[str, list[tuple[CheckpointPart, Tensor]]] = {}

@@ -24,6 +24,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
 }
 _MAX_THREADS = 8
 """Threads that read; one copies some GB/s from the page cache."""

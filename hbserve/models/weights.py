@@ -12,7 +12,7 @@ that read the same input are stacked into one: q, k and v; gate and up. Shares o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from hbserve.models.checkpoint_part import CheckpointPart, CheckpointVector, KVS
 from hbserve.models.schemes import matrix_parameters
 from hbserve.weight_format import Fp8Format
 
-_ARENA_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
+_ARENA_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "int64": torch.int64}
 
 ALIGNMENT_BYTES = 256
 """Alignment of every parameter in the arena: it suits vectorised loads and the tensor memory accelerator."""
@@ -64,17 +64,31 @@ class WeightTable(msgspec.Struct, frozen=True):
         spec: ModelSpec, dtype: torch.dtype, tp_rank: int = 0, tp_size: int = 1, has_whole_experts: bool = False
     ) -> WeightTable:
         """Lay the parameters out one after the other. Arguments and errors as `checkpoint_parts`."""
+        parts = checkpoint_parts(spec, tp_rank, tp_size, has_whole_experts)
+        table = WeightTable.of_parts(parts, dtype, {name for name in parts if _is_exact(name, spec)})
+        if spec.tied_embeddings:
+            table.entries["lm_head"] = table.entries["embedding"]
+        return table
+
+    @staticmethod
+    def of_parts(
+        parameters: Mapping[str, tuple[CheckpointPart, ...]], dtype: torch.dtype, exact: Collection[str] = ()
+    ) -> WeightTable:
+        """Lay parameters out one after the other.
+
+        Args:
+            dtype: the serving dtype.
+            exact: names of parameters that are float32.
+        """
         model_dtype = str(dtype).removeprefix("torch.")
         entries, end = {}, 0
-        for name, parts in checkpoint_parts(spec, tp_rank, tp_size, has_whole_experts).items():
+        for name, parts in parameters.items():
             shapes = [part.local_shape for part in parts]
             shape = (sum(s[0] for s in shapes), *shapes[0][1:])
-            own_dtype = "float32" if _is_exact(name, spec) else parts[0].arena_dtype or model_dtype
+            own_dtype = "float32" if name in exact else parts[0].arena_dtype or model_dtype
             entries[name] = WeightEntry(end, shape, own_dtype)
             end += math.prod(shape) * _ARENA_DTYPES[own_dtype].itemsize
             end += -end % ALIGNMENT_BYTES
-        if spec.tied_embeddings:
-            entries["lm_head"] = entries["embedding"]
         return WeightTable(entries, end)
 
     def views(self, arena: Tensor) -> dict[str, Tensor]:
@@ -107,7 +121,7 @@ def checkpoint_parts(
     Raises:
         ModelError: ``tp_size`` ranks cannot share the model evenly.
     """
-    return dict(_Sharding(spec, tp_rank, tp_size, has_whole_experts).parameters())
+    return dict(Sharding(spec, tp_rank, tp_size, has_whole_experts).parameters())
 
 
 class _Slice(NamedTuple):
@@ -117,7 +131,7 @@ class _Slice(NamedTuple):
     bounds: list[int]
 
 
-class _Sharding:
+class Sharding:
     """Names and slices of one rank's parameters."""
 
     def __init__(self, spec: ModelSpec, rank: int, size: int, has_whole_experts: bool) -> None:
@@ -135,14 +149,14 @@ class _Sharding:
         yield self._norm("final", "model.norm")
         if spec.kv_format is not None and spec.kv_format.scale_names is not None:
             names = (f"model.layers.{i}.{name}" for i in range(spec.num_layers) for name in spec.kv_format.scale_names)
-            yield "kv_scales", tuple(KVScalePart(name, (spec.num_kv_heads,), 0, *self._kv_heads()) for name in names)
+            yield "kv_scales", tuple(KVScalePart(name, (spec.num_kv_heads,), 0, *self.kv_heads()) for name in names)
         if not spec.tied_embeddings:
             yield "lm_head", (_part(LM_HEAD, (spec.vocab_size, spec.hidden_size), *vocab),)
 
     def _layer(self, layer: int, prefix: str) -> Iterator[Parameter]:
         spec, family, head_dim = self.spec, self.spec.family, self.spec.head_dim
-        q_rows = [head * head_dim for head in self._share(spec.num_heads, "num_attention_heads")]
-        kv_rows = [head * head_dim for head in self._kv_heads()]
+        q_rows = [head * head_dim for head in self.share(spec.num_heads, "num_attention_heads")]
+        kv_rows = [head * head_dim for head in self.kv_heads()]
         q_size, kv_size = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
         attention, mlp = f"{prefix}self_attn.", f"{prefix}{family.mlp}."
         q, k = _Slice(q_size, q_rows), _Slice(kv_size, kv_rows)
@@ -161,7 +175,7 @@ class _Sharding:
             if spec.experts.shared_size:
                 yield from self._shared_expert(prefix, spec.experts)
             return
-        up = _Slice(spec.intermediate_size, list(self._share(spec.intermediate_size, family.width_key)))
+        up = _Slice(spec.intermediate_size, list(self.share(spec.intermediate_size, family.width_key)))
         ups = [up] * (2 if family.is_gated else 1)
         yield from self._column_parallel("up", spec.mlp_bias, mlp, family.up, ups, spec.weight_format)
         yield from self._row_parallel("down", spec.mlp_bias, f"{mlp}{family.down}", up, spec.weight_format)
@@ -171,9 +185,9 @@ class _Sharding:
         hidden, family = self.spec.hidden_size, self.spec.family
         local, columns = (0, experts.num_experts), (0, experts.inner_size)
         if self.has_whole_experts:
-            local = self._share(experts.num_experts, "number of experts")
+            local = self.share(experts.num_experts, "number of experts")
         else:
-            columns = self._share(experts.inner_size, "width of experts")
+            columns = self.share(experts.inner_size, "width of experts")
         inner = _Slice(experts.inner_size, list(columns))
         yield "router", (_part(f"{prefix}{family.router}.weight", (experts.num_experts, hidden)),)
         if experts.has_bias:
@@ -189,7 +203,7 @@ class _Sharding:
         spec, family = self.spec, self.spec.family
         up, down = family.shared_matrices or (family.up, family.down)
         shared = f"{prefix}{family.shared_expert}"
-        rows = _Slice(experts.shared_size, list(self._share(experts.shared_size, "width of the shared expert")))
+        rows = _Slice(experts.shared_size, list(self.share(experts.shared_size, "width of the shared expert")))
         yield from self._column_parallel("shared_up", False, f"{shared}.", up, [rows] * 2, spec.weight_format)
         yield from self._row_parallel("shared_down", False, f"{shared}.{down}", rows, spec.weight_format)
         if experts.has_shared_gate:
@@ -254,18 +268,19 @@ class _Sharding:
         if bias:
             yield f"{name}_bias", (_part(f"{source}.bias", (hidden,)),)
 
-    def _share(self, total: int, key: str) -> tuple[int, int]:
+    def share(self, total: int, key: str) -> tuple[int, int]:
+        """Return begin and end of a rank's part of ``total``, which ``key`` of config.json states."""
         if total % self.size:
             raise ModelError(f"{key} {total} cannot be shared evenly by {self.size} tensor-parallel ranks")
         share = total // self.size
         return self.rank * share, (self.rank + 1) * share
 
-    def _kv_heads(self) -> tuple[int, int]:
+    def kv_heads(self) -> tuple[int, int]:
         """Choose a rank's KV heads; if there are more ranks than heads, neighbouring ranks hold the same head."""
         if self.size > self.spec.num_kv_heads and self.size % self.spec.num_kv_heads == 0:
             head = self.rank * self.spec.num_kv_heads // self.size
             return head, head + 1
-        return self._share(self.spec.num_kv_heads, "num_key_value_heads")
+        return self.share(self.spec.num_kv_heads, "num_key_value_heads")
 
 
 def _part(name: str, shape: tuple[int, ...], start: int = 0, stop: int | None = None) -> CheckpointPart:

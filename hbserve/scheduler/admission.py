@@ -340,7 +340,7 @@ class Admission:
         if pool.allocate_blocks(owner, num_blocks, InstanceRole.PREFILL, hashes) is None:
             return None
         block_ids = pool.get_block_ids(owner)
-        return KVAllocation(
+        allocation = KVAllocation(
             instance_id=instance.id,
             epoch=instance.arena_epoch,
             pool=pool,
@@ -354,6 +354,10 @@ class Admission:
             num_read=pool.count_read(block_ids[:num_cached]) * pool.block_size,
             stored_runs=self._tiers.find(instance, hashes, num_cached) if prefills else [],
         )
+        if instance.has_eagle_head:
+            runs = allocation.stored_runs
+            allocation.note_foreign(runs[0].first if runs else 0, runs[-1].end if runs else 0)
+        return allocation
 
     def _prefix_hashes(self, sequence: Sequence, instance: InstanceHandle, prefills: bool) -> list[bytes]:
         """Return the hashes of the blocks that may come from the cache, and update the pool's headroom for decode.
@@ -382,7 +386,11 @@ class Admission:
         else:
             instance.activate(sequence, allocation)
         if decode_allocation is not None and decode_allocation is not allocation:
-            self._instances[decode_allocation.instance_id].reserve(sequence, decode_allocation)
+            target = self._instances[decode_allocation.instance_id]
+            target.reserve(sequence, decode_allocation)
             sequence.num_blocks_dispatched = decode_allocation.num_computed // decode_allocation.pool.block_size
             decode_allocation.num_planned = decode_allocation.num_tokens_at_entry
+            if target.has_eagle_head:
+                end_block = -(-decode_allocation.num_tokens_at_entry // decode_allocation.pool.block_size)
+                decode_allocation.note_foreign(sequence.num_blocks_dispatched, end_block)
         return True

@@ -151,6 +151,11 @@ class InstanceHandle:
         return next((worker.hello for worker in self.workers.values() if worker.hello is not None), None)
 
     @property
+    def has_eagle_head(self) -> bool:
+        """Whether its workers' drafts are those of an EAGLE-3 head."""
+        return (hello := self.hello) is not None and hello.has_eagle_head
+
+    @property
     def num_steps_in_flight(self) -> int:
         """Over all workers."""
         return sum(len(worker.inflight) for worker in self.workers.values())

@@ -40,6 +40,7 @@ from hbserve.scheduler.transfer import Transfer
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.speculation import Draft, PredictionDrafter, Speculation
+from hbserve.speculation.drafters import EAGLE3
 from hbserve.speculation.rounds import accepted_tokens
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,8 @@ class RequestLifecycle:
     def add(self, sequence: Sequence) -> None:
         """Have a new request wait."""
         self._sequences[sequence.client, sequence.id] = sequence
-        sequence.speculator = self._speculation.begin(sequence.request)
+        has_eagle_head = any(instance.has_eagle_head for instance in self._instances.ready)
+        sequence.speculator = self._speculation.begin(sequence.request, has_eagle_head)
         if not self.waiting:
             self._queue.on_first_waiting(self._clock.now)
             self._admission.is_full = False
@@ -351,8 +353,9 @@ class RequestLifecycle:
             del token_ids[-1]
         num_accepted = len(token_ids) - 1
         allocation.num_planned, allocation.is_drafting = row.start + len(token_ids), False
-        if row.num_to_draft:  # its last guess has gone through no pass of the draft model
-            allocation.num_read = row.start + min(len(token_ids), row.num_to_draft)
+        if row.num_to_draft:  # a draft model has not read the last guess, and a head reads all again
+            num_read = 1 if draft.drafter == EAGLE3 else min(len(token_ids), row.num_to_draft)
+            allocation.num_read = row.start + num_read
             allocation.note_read_blocks(row.start)
         self.counts[f"drafts_{draft.drafter}"] += bool(draft.token_ids)
         self.counts[f"drafted_{draft.drafter}"] += len(draft.token_ids)

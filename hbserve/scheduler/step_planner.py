@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from hbserve.config import Config, InstanceRole
+from hbserve.config import MAX_DRAFT_TOKENS, Config, InstanceRole
 from hbserve.messages.transfer import LayerGroup, SendBlocks
 from hbserve.messages.worker import NO_STOP, PlanRow, SequenceState, StepPlan, StepRef
 from hbserve.policy.mixed_step_budget import MIN_ROWS, MIN_TOKENS_ALONE, StepTimeBudget
@@ -162,6 +162,8 @@ class StepPlanner:
             draft = sequence.speculator.draft(tokens, sequence.max_total_tokens - position - 2)
             if draft is not None and draft.num_to_draft and not _pays_to_read(sequence, allocation):
                 draft = None
+            if draft is not None and draft.num_to_draft and position <= allocation.draft_start:
+                draft = None  # a head needs a hidden state before the last token
             if draft is not None:
                 judge = functools.partial(instance.choice.is_late, sequence, allocation)
                 is_late = sequence.speculator.judge(len(tokens), judge)
@@ -228,7 +230,7 @@ class StepPlanner:
         position, length = allocation.num_planned, 1 if draft is None else 1 + len(draft.token_ids)
         if sequence.has_grammar:  # whether a mask is late is known to each rank alone, and all must do the same rounds
             return 1
-        if draft is not None and draft.num_to_draft and position - allocation.num_read > 1:
+        if draft is not None and draft.num_to_draft and position - allocation.num_read > MAX_DRAFT_TOKENS:
             return 1  # the draft model reads first
         if position // allocation.pool.block_size >= len(allocation.block_ids):
             return 1
@@ -365,7 +367,7 @@ class StepPlanner:
             num_samples=step.num_samples,
             num_to_draft=step.num_to_draft,
             rounds=step.rounds,
-            has_unread=step.unread_tokens > len(step.rows),
+            has_unread=step.unread_tokens > len(step.rows) * (MAX_DRAFT_TOKENS if instance.has_eagle_head else 1),
             num_scores=step.num_scores,
             prefill_rows=step.prefill_rows,
             prefill_tokens=step.prefill_tokens,
@@ -386,6 +388,7 @@ class StepPlanner:
                 after=after,
                 is_probe=inflight.is_probe,
                 rounds=step.rounds,
+                rereads=instance.has_eagle_head,
             )
         )
         if role is not worker.prepared_for:

@@ -8,8 +8,9 @@ from hbserve.speculation.drafters import Drafter, GrammarDrafter, ModelDrafter, 
 from hbserve.speculation.speculator import Draft, Speculation, Speculator
 from hbserve.speculation.suffixes import SuffixDrafter
 
-DRAFTERS = tuple(
-    drafter.name for drafter in (GrammarDrafter, PredictionDrafter, SuffixDrafter, NgramDrafter, ModelDrafter)
+DRAFTERS = (
+    *(drafter.name for drafter in (GrammarDrafter, PredictionDrafter, SuffixDrafter, NgramDrafter)),
+    *ModelDrafter.names,
 )
 """Names of all drafters."""
 

@@ -72,10 +72,16 @@ class NgramDrafter:
         return list(tokens[place : place + max_tokens])
 
 
-class ModelDrafter:
-    """The draft model in the workers: it always has a guess, which is known when the step's result is."""
+DRAFT_MODEL, EAGLE3 = "draft_model", "eagle3"
 
-    name = "draft_model"
+
+class ModelDrafter:
+    """The draft model or head in the workers: it always has a guess, which is known when the step's result is."""
+
+    names = (DRAFT_MODEL, EAGLE3)
+
+    def __init__(self, name: str = DRAFT_MODEL) -> None:
+        self.name = name
 
     def draft(self, tokens: Items[int], max_tokens: int) -> list[int]:
         """See `Drafter`; the guesses are `TO_BE_DRAFTED`."""

@@ -79,12 +79,16 @@ def next_round(plan: StepPlan, result: StepResult, end_tokens_of: Callable[[int]
             rows.append(msgspec.structs.replace(row, new_block_ids=[], stop=row.start))
             continue
         num_going_on += 1
+        unread_start = start - 1
         if num_to_draft:
             guesses = [TO_BE_DRAFTED] * num_to_draft
-            unread = [draft[-1]] if len(tokens) > num_to_draft else None  # it has gone through no pass
+            if plan.rereads:
+                unread, unread_start = tokens[:-1] or None, row.start + 1
+            else:
+                unread = [draft[-1]] if len(tokens) > num_to_draft else None  # it has gone through no pass
         else:
             guesses, ahead = next_guesses(draft, ahead, len(tokens))
-        changes = {"new_block_ids": [], "unread": unread, "unread_start": start - 1, "ahead": ahead}
+        changes = {"new_block_ids": [], "unread": unread, "unread_start": unread_start, "ahead": ahead}
         rows.append(msgspec.structs.replace(row, start=start, token_ids=[tokens[-1], *guesses], **changes))
     if not num_going_on:
         return None

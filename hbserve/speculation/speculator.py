@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from hbserve.config import SpeculationConfig
 from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import TO_BE_DRAFTED
-from hbserve.speculation.drafters import Drafter, GrammarDrafter, ModelDrafter, NgramDrafter, PredictionDrafter
+from hbserve.speculation.drafters import (
+    DRAFT_MODEL,
+    EAGLE3,
+    Drafter,
+    GrammarDrafter,
+    ModelDrafter,
+    NgramDrafter,
+    PredictionDrafter,
+)
 from hbserve.speculation.rounds import MAX_ROUNDS, next_guesses
 from hbserve.speculation.suffixes import OutputPools, SuffixDrafter
 
@@ -131,7 +139,7 @@ class Draft:
     @property
     def num_to_draft(self) -> int:
         """Number of guesses that the worker's draft model makes: all, or none."""
-        return len(self.token_ids) if self.drafter == ModelDrafter.name else 0
+        return len(self.token_ids) if self.drafter in ModelDrafter.names else 0
 
     def first(self, num_tokens: int) -> Draft:
         """Return the draft, cut to so many tokens."""
@@ -195,7 +203,7 @@ class Speculator:
             if has_grown:  # between two tokens the choice of a step must not change, as nothing wakes the instance
                 record.expected = record.of_all.value
             guess = drafter.draft(tokens, self._max_guesses)
-            if drafter.name != ModelDrafter.name:
+            if drafter.name not in ModelDrafter.names:
                 record.guess, record.num_known = guess[: self._max_draft_tokens], len(tokens)
             elif has_grown and not record.guess:  # what a draft model would guess is known only if it does
                 record.of_all.forget(_FORGETTING_OF_MODEL)
@@ -205,7 +213,7 @@ class Speculator:
 
 
 def _first_acceptance(drafter: str) -> Acceptance:
-    if drafter == ModelDrafter.name:
+    if drafter in ModelDrafter.names:
         return Acceptance(_FIRST_ACCEPTANCE_OF_MODEL, _MEMORY_OF_MODEL)
     return Acceptance(_FIRST_ACCEPTANCE_OF_GRAMMAR) if drafter == GrammarDrafter.name else Acceptance()
 
@@ -218,8 +226,12 @@ class Speculation:
         self._acceptances: dict[str, Acceptance] = {}
         self._outputs = OutputPools() if config.method in ("suffix", "auto") else None
 
-    def begin(self, request: AddRequest) -> Speculator | None:
-        """Return the speculator of a request that has just come; None: nothing guesses its tokens."""
+    def begin(self, request: AddRequest, has_eagle_head: bool = False) -> Speculator | None:
+        """Return the speculator of a request that has just come; None: nothing guesses its tokens.
+
+        Args:
+            has_eagle_head: what the workers have is an EAGLE-3 head.
+        """
         drafters: list[Drafter] = []
         if request.sampling.grammar is not None:
             drafters.append(GrammarDrafter())
@@ -230,7 +242,7 @@ class Speculation:
         if self._config.method in ("ngram", "auto"):
             drafters.append(NgramDrafter())
         if self._config.model is not None:
-            drafters.append(ModelDrafter())
+            drafters.append(ModelDrafter(EAGLE3 if has_eagle_head else DRAFT_MODEL))
         return Speculator(drafters, self._config.max_draft_tokens, self._acceptances) if drafters else None
 
     def on_ended(self, request: AddRequest, tokens: list[int]) -> None:

@@ -421,6 +421,7 @@ class WorkerProcess:
                 device=self._platform.describe(),
                 peers=self._peers,
                 one_sided=self._transfers.manager.one_sided,
+                has_eagle_head=runner.has_eagle_head,
                 tiers=[
                     msgspec.structs.replace(info, is_own=info.name == "host" and self._own_host is not None)
                     for info in self._tiers.infos

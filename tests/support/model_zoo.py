@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
@@ -51,6 +53,9 @@ _VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
+
+HEAD_TAPS = [0, 1, 2]
+"""Layers of the tiny models whose inputs a tiny EAGLE-3 head reads."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
@@ -370,3 +375,39 @@ def save_model(folder: Path, name: str, sharded: bool = False, **changes: Any) -
     model.save_pretrained(folder, max_shard_size="100KB" if sharded else "5GB")
     assert (folder / "model.safetensors.index.json").is_file() == sharded
     return model
+
+
+def save_head(folder: Path, **config: Any) -> dict[str, torch.Tensor]:
+    """Save a random EAGLE-3 head of the tiny models, as SpecForge does; returns its tensors.
+
+    It can guess the 200 tokens whose number divided by 8 leaves at most 4.
+    """
+    num_tokens, hidden, inner, kv = 200, 64, 96, 32
+    sizes = {**_BASE, "head_dim": 16, "num_hidden_layers": 1, "draft_vocab_size": num_tokens}
+    layers = {"eagle_aux_hidden_state_layer_ids": HEAD_TAPS}
+    document = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", **sizes, **layers, **config}
+    generator = torch.Generator().manual_seed(5)
+    token_ids = torch.tensor([token for token in range(VOCAB_SIZE) if token % 8 < 5])
+    t2d = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    t2d[token_ids] = True
+    tensors = {
+        name: torch.empty(shape).normal_(0, 0.15, generator=generator)
+        for name, shape in {
+            "fc.weight": (hidden, 3 * hidden),
+            "midlayer.self_attn.q_proj.weight": (hidden, 2 * hidden),
+            "midlayer.self_attn.k_proj.weight": (kv, 2 * hidden),
+            "midlayer.self_attn.v_proj.weight": (kv, 2 * hidden),
+            "midlayer.self_attn.o_proj.weight": (hidden, hidden),
+            "midlayer.mlp.gate_proj.weight": (inner, hidden),
+            "midlayer.mlp.up_proj.weight": (inner, hidden),
+            "midlayer.mlp.down_proj.weight": (hidden, inner),
+            "lm_head.weight": (num_tokens, hidden),
+        }.items()
+    }
+    for name in ("midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm", "norm"):
+        tensors[f"{name}.weight"] = torch.ones(hidden)
+    tensors |= {"d2t": token_ids - torch.arange(num_tokens), "t2d": t2d}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(document))
+    save_file(tensors, folder / "model.safetensors")
+    return tensors

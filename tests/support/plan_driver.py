@@ -53,6 +53,7 @@ class Driver:
         feedback: decode rows take the device's last token, and ``depth`` plans are in flight.
         drafter: guesses tokens after those of a sequence, at most so many; there is then one plan in flight. It may
             leave the guesses to the runner's draft model (`TO_BE_DRAFTED`).
+        rereads: the draft model is a head, which reads right guesses again.
     """
 
     def __init__(
@@ -62,11 +63,14 @@ class Driver:
         feedback: bool = True,
         depth: int = 3,
         drafter: Callable[[Sequence, int], list[int]] | None = None,
+        rereads: bool = False,
     ) -> None:
+        self.rereads = rereads
         self.runner, self.chunk, self.feedback = runner, chunk, feedback and drafter is None
         self.depth = depth if self.feedback else 1
         self.drafter = drafter
         self.num_drafted = self.num_accepted = 0
+        self.guesses: list[tuple[int, list[int], list[int]]] = []  # a slot, its tokens before, and what was guessed
         self.forced: list[tuple[Sequence, int, list[int]]] = []  # from where, and which tokens
         self.free = list(range(runner.num_blocks))
         random.Random(3).shuffle(self.free)
@@ -151,6 +155,7 @@ class Driver:
                 is_of_model = sequence.draft[:1] == [TO_BE_DRAFTED]
                 if is_of_model:
                     sequence.draft = [next(draft_ids) for _ in sequence.draft]
+                    self.guesses.append((sequence.slot, sequence.tokens, sequence.draft))
                 tokens, logprobs = [*islice(token_ids, number)], [*islice(all_logprobs, number)]
                 tokens = [token for token in accepted_tokens(sequence.draft, tokens) if token != NO_TOKEN]
                 if not tokens:  # its mask was not there: the same again
@@ -160,7 +165,9 @@ class Driver:
                 self.num_drafted += len(sequence.draft)
                 self.num_accepted += len(tokens) - 1
                 sequence.computed -= number - len(tokens)
-                if is_of_model:  # the last guess has been fed to no pass of the draft model
+                if is_of_model and self.rereads:
+                    sequence.num_read = sequence.computed - len(tokens) + 1
+                elif is_of_model:  # the last guess has been fed to no pass of the draft model
                     sequence.num_read = sequence.computed - (len(tokens) == number)
                 sequence.output += tokens
                 forced = (result.forced or {}).get(place - 1, [])

@@ -3,7 +3,7 @@
 A KV block of the model and the block of the draft model with the same id hold the same tokens::
 
     weights arena   model | draft model
-    KV arena        block 0, 1, ... of the model | block 0, 1, ... of the draft model
+    KV arena        block 0, 1, ... of the model | block 0, 1, ... of the draft model | features, for an EAGLE-3 head
 
 So one block table serves both. Transfers and KV tiers move the model's part alone: the draft model reads the tokens
 again where its part is missing (`hbserve.engine.draft_model.drafter`).
@@ -18,10 +18,13 @@ import torch
 
 from hbserve.attention import select_attention_backend
 from hbserve.config import Config
-from hbserve.errors import ConfigError
+from hbserve.errors import ConfigError, ModelError
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.parallel import TensorParallel
+from hbserve.model_files import is_eagle3_head
 from hbserve.model_spec import DTYPES, ModelSpec
+from hbserve.models.eagle3 import FeatureStore
+from hbserve.models.eagle3_spec import Eagle3Spec
 from hbserve.models.loader import check_weights, fill_dummy_weights, load_weights
 from hbserve.models.weights import WeightTable
 from hbserve.platform import Platform
@@ -32,11 +35,32 @@ _KEY = "speculation.model"
 
 @dataclass(frozen=True)
 class DraftPart:
-    """Sizes of a draft model's part. Attributes: layout: of this rank's part of its KV block."""
+    """Sizes of a draft model's part.
+
+    Attributes:
+        spec: of the draft model, or of the layer of a head.
+        layout: of this rank's part of its KV block.
+        head: the head; None: the draft model is a model.
+    """
 
     spec: ModelSpec
     table: WeightTable
     layout: KVLayout
+    head: Eagle3Spec | None = None
+
+    def num_bytes(self, num_blocks: int) -> int:
+        """Return its bytes of the KV arena."""
+        return num_blocks * self.layout.block_bytes + self._feature_bytes(num_blocks)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block; the features' row for padding comes to that."""
+        return self.num_bytes(2) - self.num_bytes(1)
+
+    def _feature_bytes(self, num_blocks: int) -> int:
+        if self.head is None:
+            return 0
+        return FeatureStore.num_bytes(num_blocks * self.layout.block_size, self.spec.hidden_size, self.layout.dtype)
 
     @staticmethod
     def load(
@@ -54,6 +78,10 @@ class DraftPart:
         folder = config.speculation.model
         if folder is None:
             return None
+        if config.speculation.method == "eagle3" or (
+            config.speculation.method == "auto" and is_eagle3_head(Path(folder))
+        ):
+            return DraftPart._load_head(config, folder, target, block_size, platform, parallel)
         spec = ModelSpec.load(folder, max_model_len=config.model.max_model_len)
         if spec.vocab_size > target.vocab_size:
             sizes = f"it has {spec.vocab_size} tokens, and the model has {target.vocab_size}"
@@ -63,23 +91,44 @@ class DraftPart:
             raise ConfigError(f"{_KEY}: {folder} takes {limit} tokens, fewer than model.max_model_len: {asked}", _KEY)
         _check_vocabulary(folder, config.tokenizer_path)
         dtype = draft_dtype(config, spec)
-        backend = select_attention_backend(config.model.attention_backend, spec, dtype, platform)
-        if block_size % backend.block_size_multiple:
-            what = f"{backend.name} attention of {folder} needs a multiple of {backend.block_size_multiple}"
-            raise ConfigError(f"performance.block_size: {what}, not {block_size}")
+        _check_block_size(config, spec, block_size, platform)
         table = WeightTable.build(spec, dtype, parallel.rank, parallel.size, parallel.has_whole_experts)
         return DraftPart(spec, table, _layout(spec, dtype, block_size, parallel))
 
     @staticmethod
-    def attached(config: Config, spec: ModelSpec, table: WeightTable, block_size: int, tp: TensorParallel) -> DraftPart:
+    def _load_head(
+        config: Config, folder: str, target: ModelSpec, block_size: int, platform: Platform, parallel: TensorParallel
+    ) -> DraftPart:
+        """Read the shape of an EAGLE-3 head; its tokens are the model's, so there is no tokenizer to compare."""
+        try:
+            head = Eagle3Spec.load(folder, target, has_weights=config.model.load_format != "dummy")
+        except ModelError as error:
+            raise ConfigError(f"{_KEY}: {error}", _KEY) from None
+        spec, dtype = head.layer, draft_dtype(config, head.layer)
+        _check_block_size(config, spec, block_size, platform)
+        table = head.table(dtype, parallel.rank, parallel.size)
+        return DraftPart(spec, table, _layout(spec, dtype, block_size, parallel), head)
+
+    @staticmethod
+    def attached(
+        config: Config,
+        spec: ModelSpec,
+        table: WeightTable,
+        block_size: int,
+        tp: TensorParallel,
+        head: Eagle3Spec | None,
+    ) -> DraftPart:
         """Return the part as the process that holds the arenas has laid it out."""
-        return DraftPart(spec, table, _layout(spec, draft_dtype(config, spec), block_size, tp))
+        return DraftPart(spec, table, _layout(spec, draft_dtype(config, spec), block_size, tp), head)
 
     def load_weights(self, config: Config, arena: torch.Tensor, parallel: TensorParallel) -> None:
         """Fill its part of the weights arena. Errors as `hbserve.models.loader.load_weights`."""
         assert config.speculation.model is not None, "there is a draft model"
         if config.model.load_format == "dummy":
             fill_dummy_weights(self.spec, self.table, arena, config.model.seed)
+            return
+        if self.head is not None:
+            self.head.load_weights(config.speculation.model, self.table, arena, parallel.rank, parallel.size)
             return
         check_weights(config.speculation.model, self.spec)
         share = (parallel.rank, parallel.size, parallel.has_whole_experts)
@@ -92,16 +141,27 @@ class DraftArenas:
 
     Attributes:
         weights: its weights, uint8. kv: its KV blocks, uint8, as many as the model has.
+        features: uint8, memory of a `FeatureStore`; empty without a head.
     """
 
     part: DraftPart
     weights: torch.Tensor
     kv: torch.Tensor
+    features: torch.Tensor
 
 
 def draft_dtype(config: Config, spec: ModelSpec) -> torch.dtype:
     """Return the dtype of what is not quantised."""
     return spec.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
+
+
+def _check_block_size(config: Config, spec: ModelSpec, block_size: int, platform: Platform) -> None:
+    """Check that the draft model's attention takes the model's blocks."""
+    backend = select_attention_backend(config.model.attention_backend, spec, draft_dtype(config, spec), platform)
+    if block_size % backend.block_size_multiple:
+        multiple = backend.block_size_multiple
+        what = f"{backend.name} attention of {config.speculation.model} needs a multiple of {multiple}"
+        raise ConfigError(f"performance.block_size: {what}, not {block_size}")
 
 
 def _layout(spec: ModelSpec, dtype: torch.dtype, block_size: int, parallel: TensorParallel) -> KVLayout:

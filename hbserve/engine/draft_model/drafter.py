@@ -23,12 +23,12 @@ import torch
 
 from hbserve.attention import select_attention_backend
 from hbserve.config import Config
-from hbserve.engine.batch import build_batch
+from hbserve.engine.batch import StepBatch, build_batch
 from hbserve.engine.draft_model.arenas import DraftArenas, draft_dtype
+from hbserve.engine.draft_model.head_pass import HeadPass
 from hbserve.engine.pending_step import Drafted, StepTimer
-from hbserve.engine.sampler import sample
+from hbserve.engine.sampler import SamplingBatch, sample
 from hbserve.engine.sequence_table import SequenceTable
-from hbserve.layers.parallel import TensorParallel
 from hbserve.messages.worker import TO_BE_DRAFTED, PlanRow, SequenceState
 from hbserve.models.decoder import Decoder
 from hbserve.platform import Platform
@@ -42,27 +42,30 @@ class ModelDrafter:
     """A draft model with its KV and its own view of the sequences: block tables, seeds and temperatures.
 
     Args:
+        decoder: the draft model.
         table: of the model that it drafts for.
         num_blocks: of the arena.
     """
+
+    _head: HeadPass | None = None
+    """The forward pass of a head; None: the draft model is a model."""
 
     def __init__(
         self,
         config: Config,
         arenas: DraftArenas,
+        decoder: Decoder,
         table: SequenceTable,
         num_blocks: int,
         platform: Platform,
-        parallel: TensorParallel,
     ) -> None:
         spec, self._layout = arenas.part.spec, arenas.part.layout
-        weights = arenas.part.table.views(arenas.weights)
         self._platform, self._config = platform, config
-        self._decoder = Decoder(spec, weights, parallel)
+        self._decoder = decoder
         kv_cache = self._layout.view(arenas.kv, num_blocks)
         name = config.model.attention_backend
         backend = select_attention_backend(name, spec, draft_dtype(config, spec), platform)
-        self._attention = backend(spec, self._layout, kv_cache, platform, parallel.size)
+        self._attention = backend(spec, self._layout, kv_cache, platform, decoder.parallel.size)
         self._table = SequenceTable(
             max_num_seqs=table.max_num_seqs,
             max_blocks_per_seq=table.block_tables.shape[1],
@@ -87,7 +90,7 @@ class ModelDrafter:
         attention = PagedDecode(self._layout, cache, heads, self._table.max_num_seqs, scales)
         max_len = self._config.cuda_graph.max_seq_len
         self._graphs = DecodeGraphs(
-            self._decoder, attention, self._table, max_len, defers=False, drafts=True, pool=pool
+            self._decoder, attention, self._table, max_len, defers=False, drafts=True, pool=pool, head=self._head
         )
         return self._graphs.pool
 
@@ -160,12 +163,20 @@ class ModelDrafter:
                 return sampled.token_ids.clone(), [place - 1 for place in places]
         batch = build_batch(rows, self._table, self._layout.block_size, self._platform.device)
         self._attention.begin(batch.attention)
-        hidden = self._decoder.forward(batch.token_ids, batch.positions, self._attention)
+        hidden = self._hidden(rows, batch)
         if not batch.num_logprobs:
             return batch.sampled_slots, []
-        sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), batch.sampling)
+        sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), self._sampling(batch))
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, None)
         return sampled.token_ids, [*range(len(sampled.token_ids))]
+
+    def _hidden(self, rows: list[PlanRow], batch: StepBatch) -> torch.Tensor:
+        """Compute hidden states of a batch that attention has begun."""
+        return self._decoder.forward(batch.token_ids, batch.positions, self._attention)
+
+    def _sampling(self, batch: StepBatch) -> SamplingBatch:
+        """Return how a batch is sampled."""
+        return batch.sampling
 
 
 def _first(row: PlanRow) -> PlanRow:

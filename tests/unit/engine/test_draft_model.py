@@ -54,7 +54,8 @@ def test_what_cannot_draft_is_refused(tmp_path: Path) -> None:
     ("speculation", "what"),
     [
         ({"method": "draft_model"}, r"speculation\.model: name the draft model's folder"),
-        ({"method": "ngram", "model": "."}, "has no effect with method ngram; choose draft_model or auto"),
+        ({"method": "ngram", "model": "."}, "has no effect with method ngram; choose draft_model, eagle3 or auto"),
+        ({"method": "eagle3"}, r"speculation\.model: name the head's folder"),
         ({"method": "draft_model", "model": "nowhere"}, r"speculation\.model: there is no folder 'nowhere'"),
     ],
 )

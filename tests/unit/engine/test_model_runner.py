@@ -28,12 +28,13 @@ def make_runner(folder: Path, device: str = "cpu", num_blocks: int | None = 200,
     """A runner on a model folder; its KV cache holds NaN wherever nothing has been written."""
     model_options = {key: options.pop(key) for key in list(options) if key in ModelConfig.__struct_fields__}
     kv_dtype, draft_model = options.pop("kv_dtype", "auto"), options.pop("draft_model", None)
+    method = options.pop("method", "draft_model")
     config = from_dict(
         {
             "model": {"path": str(folder), "device": device, **model_options},
             "performance": {"num_blocks": num_blocks, "max_num_seqs": 8, **options},
             "kv_cache": {"dtype": kv_dtype},
-            "speculation": {} if draft_model is None else {"method": "draft_model", "model": draft_model},
+            "speculation": {} if draft_model is None else {"method": method, "model": draft_model},
         }
     )
     platform = make_platform(config.model.device, gpu_id=0, num_threads=1, num_instances=1)
