@@ -68,6 +68,7 @@ class DispatchTimer:
         gap_s: time that the device idles between two steps if the plan of the second waits for the first one's result.
         round_gap_s: the same between two rounds of a step, which wait for no plan.
         draft_s: time of a forward pass of the draft model; 0: none has been seen.
+        read_s: time in which it reads what it has missed of some sequences; 0: that has not been seen.
     """
 
     def __init__(self, predictor: StepTimePredictor | None = None, predecessor: DispatchTimer | None = None) -> None:
@@ -75,6 +76,7 @@ class DispatchTimer:
         self.gap_s: float = _FIRST_GAP_S if predecessor is None else predecessor.gap_s
         self.round_gap_s = _FIRST_ROUND_GAP_S
         self.draft_s: float = 0.0 if predecessor is None else predecessor.draft_s
+        self.read_s: float = 0.0 if predecessor is None else predecessor.read_s
         self._steps: deque[_Step] = deque()
         self._needed_leads_s: deque[float] = deque(
             () if predecessor is None else predecessor._needed_leads_s, maxlen=_NUM_SAMPLES
@@ -169,6 +171,11 @@ class DispatchTimer:
         else:  # a slow pass may have been the first of its size, which loads kernels
             rate = _DRAFT_RATE if seconds > self.draft_s else _FASTER_DRAFT_RATE
             self.draft_s += rate * (seconds - self.draft_s)
+
+    def on_read(self, seconds: float, num_passes: int) -> None:
+        """Note how long a draft model has worked in a step in which it read first; ``num_passes``: for guesses."""
+        read_s = max(seconds - self.draft_s * max(num_passes - 1, 0), 0.0)  # the pass that reads makes the first guess
+        self.read_s += (_DRAFT_RATE if self.read_s else 1.0) * (read_s - self.read_s)
 
     def expected_end(self) -> float | None:
         """When all steps in flight should have ended; None if none is in flight, or one cannot be predicted."""

@@ -167,7 +167,8 @@ class StepPlanner:
             if draft is not None:
                 judge = functools.partial(instance.choice.is_late, sequence, allocation)
                 is_late = sequence.speculator.judge(len(tokens), judge)
-                candidates.append(Candidate(draft, position, position < len(tokens), is_late))
+                must_read = draft.num_to_draft > 0 and position - allocation.num_read > 1
+                candidates.append(Candidate(draft, position, position < len(tokens), is_late, must_read))
                 sequences.append(sequence)
         if not candidates:
             return {}
@@ -183,7 +184,9 @@ class StepPlanner:
             trusted = sum(candidate.draft.record.max_rounds for candidate in candidates) // len(candidates)
             rounds = max(1, min(rounds, MAX_ROUNDS, trusted))
             gap_s = (gap_s + (rounds - 1) * timing.round_gap_s) / rounds
-        way, lengths = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, limit_s)
+        way, lengths = choose(
+            candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, limit_s, timing.read_s
+        )
         are_known = all(allocation.num_planned < len(sequence.tokens) for sequence, allocation in decoding)
         if way is Way.WHOLE and are_known and not step.worker.inflight:
             step.rounds = rounds

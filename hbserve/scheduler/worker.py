@@ -173,7 +173,9 @@ class WorkerHandle:
         if step.rows:
             self.last_step_s = result.busy_s
         num_passes = step.num_passes
-        if not (step.has_unread or (result.draft_s and not num_passes)):  # reading says nothing of a pass for guesses
+        if step.has_unread:
+            self.timing.on_read(result.draft_s, num_passes)
+        elif num_passes or not result.draft_s:  # a few tokens that are read say nothing of a pass for guesses
             self.timing.on_drafted(result.draft_s / max(num_passes, 1))
         if result.more:
             self.timing.on_round(result.busy_s - result.draft_s, result.early_s)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from hbserve.config import MAX_DRAFT_TOKENS
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
-from hbserve.speculation.speculator import Draft
+from hbserve.speculation.speculator import Draft, Record
 
 _MIN_GAIN = 1.03
 """Drafts must promise so much more than their cost: predictions are off by a few percent."""
@@ -34,6 +34,8 @@ _FIRST_DRAFT_SHARE = 0.15
 """Time of a draft model's forward pass as a part of the step's, while it is not known."""
 _MIN_ROW_S = 1e-9
 _ROUNDS = 2
+_STEPS_PER_READ = 16
+"""Steps over which a draft model's reading pays off: a sequence that has been read usually drafts again."""
 _LATE_WORTH = 0.5
 """Part of the usual worth at which guesses of a late sequence are tried: it may cost the others that much."""
 
@@ -52,12 +54,14 @@ class Candidate(NamedTuple):
     Attributes:
         position: of its last token; is_known: that token is known.
         is_late: it is behind its TPOT target, so its guesses are tried at a lower probability.
+        must_read: the draft model reads what it has missed of the sequence before it guesses.
     """
 
     draft: Draft
     position: int
     is_known: bool
     is_late: bool = False
+    must_read: bool = False
 
 
 class Choice(NamedTuple):
@@ -75,6 +79,7 @@ def choose(
     max_rows: int,
     draft_s: float = 0.0,
     max_s: float = math.inf,
+    read_s: float = 0.0,
 ) -> Choice:
     """Choose the drafts of a step.
 
@@ -85,6 +90,7 @@ def choose(
         max_rows: rows that the drafts may add.
         draft_s: time of a forward pass of the draft model; 0: unknown.
         max_s: time that the step may take with the drafts.
+        read_s: time in which the draft model reads what it has missed.
     """
     num_rows = work.decode_rows
     step_s = max(predictor.seconds(work), _MIN_STEP_S)
@@ -98,15 +104,19 @@ def choose(
     max_passes = int(min(max(max_s - step_s, 0.0) / draft_s, MAX_DRAFT_TOKENS))
     # the sequences share a pass of the draft model
     costs = [row_s + (draft_s / num_of_model if candidate.draft.num_to_draft else 0.0) for candidate in candidates]
+    acceptances = _shrunk([candidate.draft.record for candidate in candidates])
     lengths, num_whole, drafted_s = [0] * len(candidates), num_rows, step_s
     for _ in range(_ROUNDS):
         # a row must bring at least what the step brings in the same time; drafts make that more (Dinkelbach 1967)
         rate = _MIN_GAIN * max(num_rows / step_s, num_whole / (drafted_s + gap_s))
-        lengths, num_expected = _lengths(candidates, [rate * cost_s for cost_s in costs], max_rows, max_passes)
+        worths = [rate * cost_s for cost_s in costs]
+        lengths, num_expected = _lengths(candidates, acceptances, worths, max_rows, max_passes)
         num_drafting = sum(length > 0 for length in lengths)
         pairs = zip(candidates, lengths, strict=True)
         num_passes = max((length for candidate, length in pairs if candidate.draft.num_to_draft), default=0)
         drafted_s = step_s + row_s * sum(lengths) + draft_s * num_passes
+        if any([length and candidate.must_read for candidate, length in zip(candidates, lengths, strict=True)]):
+            drafted_s += read_s / _STEPS_PER_READ
         num_others = num_rows - num_drafting
         num_whole = num_others + num_expected
     if not num_drafting:
@@ -120,8 +130,24 @@ def choose(
     return Choice(way, lengths if way is not Way.PLAIN else [0] * len(candidates))
 
 
+def _shrunk(records: Items[Record]) -> list[float]:
+    """Return the acceptances that records stand for, moved towards their mean as far as chance explains their spread.
+
+    Of many sequences that are alike, those with most luck would be tried most (Stein; Efron and Morris 1975).
+    """
+    acceptances = [record.acceptance for record in records]
+    num_free = len(records) - 3
+    if num_free <= 0:
+        return acceptances
+    mean = sum(acceptances) / len(records)
+    spread = sum([(acceptance - mean) ** 2 for acceptance in acceptances])
+    by_chance = mean * (1 - mean) * len(records) / sum([record.weight for record in records])
+    kept = max(0.0, 1 - num_free * by_chance / spread) if spread else 0.0
+    return [mean + kept * (acceptance - mean) for acceptance in acceptances]
+
+
 def _lengths(
-    candidates: Items[Candidate], worths: Items[float], max_rows: int, max_passes: int
+    candidates: Items[Candidate], acceptances: Items[float], worths: Items[float], max_rows: int, max_passes: int
 ) -> tuple[list[int], float]:
     """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring; more
     than one of a late sequence count double.
@@ -130,8 +156,8 @@ def _lengths(
     that all i tokens are right is higher. Tokens of late sequences get rows first, and then the most probable ones.
     """
     offers: list[tuple[bool, float, int]] = []
-    for index, (candidate, worth) in enumerate(zip(candidates, worths, strict=True)):
-        acceptance, probability = candidate.draft.record.acceptance, 1.0
+    for index, (candidate, acceptance, worth) in enumerate(zip(candidates, acceptances, worths, strict=True)):
+        probability = 1.0
         is_late = candidate.is_late
         limit = max(_LATE_WORTH * worth if is_late else worth, _MIN_PROBABILITY)
         length = len(candidate.draft.token_ids)

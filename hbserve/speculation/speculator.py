@@ -95,7 +95,12 @@ class Record:
         """Probability that a guessed token is right if those before it are: as for this sequence, and a little as for
         all. So sequences that have tried nothing yet learn from those that have.
         """
-        return (self.right + self.credit * self.expected) / (self.tried + self.credit)
+        return (self.right + self.credit * self.expected) / self.weight
+
+    @property
+    def weight(self) -> float:
+        """Number of guesses that `acceptance` is computed from."""
+        return self.tried + self.credit
 
     @property
     def max_rounds(self) -> int:

@@ -29,12 +29,15 @@ PROMPT_TOKENS = 20
 
 @dataclass(frozen=True)
 class Model:
-    """What a step takes, about: for its weights, a row, a key; ``pass_ms``: a pass of a draft model."""
+    """What a step takes, about: for its weights, a row, a key; ``pass_ms``: a pass of a draft model; ``read_ms``: one
+    that reads what the draft model has missed, without a graph.
+    """
 
     weights_ms: float
     row_ms: float
     key_ms: float
     pass_ms: float = 0.0
+    read_ms: float = 0.0
 
     def step_s(self, plan: StepPlan) -> float:
         rows = sum(row.num_tokens for row in plan.rows)
@@ -46,7 +49,7 @@ LARGE = Model(4.0, 0.032, 3e-5)
 """An 8B shape on an H200."""
 SMALL = Model(0.7, 0.008, 1e-5)
 """A 0.6B shape: a result and a plan travel longer than a step takes."""
-WITH_DRAFT_MODEL = Model(4.0, 0.032, 3e-5, pass_ms=0.65)
+WITH_DRAFT_MODEL = Model(4.0, 0.032, 3e-5, pass_ms=0.65, read_ms=2.0)
 """The large one with the small one as its draft model."""
 
 
@@ -76,7 +79,9 @@ class Device:
     def answer(self, plan: StepPlan, now: float) -> tuple[float, StepResult]:
         came = now + TRAVEL_S
         early_s, begin = self.free_at - came, max(came, self.free_at)
-        draft_s = max(row.num_to_draft for row in plan.rows) * self.model.pass_ms / 1000 if plan.rows else 0.0
+        num_passes = max((row.num_to_draft for row in plan.rows), default=0)
+        reads = sum(len(row.unread or ()) for row in plan.rows) > len(plan.rows)
+        draft_s = (num_passes * self.model.pass_ms + reads * self.model.read_ms) / 1000
         self.free_at = begin + draft_s + self.model.step_s(plan)
         tokens = [
             token(self.request_of_slot[row.slot], row.start + row.num_tokens - row.num_samples + 1 + place)
@@ -189,10 +194,10 @@ def mean_time_s(model: Model, batch: int, acceptance: float | None) -> float:
     ("model", "batch", "min_gain_at_0_7", "min_gain_at_0_9"),
     [
         (LARGE, 1, 1.8, 3.0),
-        (LARGE, 64, 1.05, 1.3),
-        (SMALL, 1, 1.25, 2.8),
-        (WITH_DRAFT_MODEL, 1, 1.1, 1.8),
-        (WITH_DRAFT_MODEL, 64, 0.98, 1.15),
+        (LARGE, 64, 1.1, 1.4),
+        (SMALL, 1, 1.6, 3.0),
+        (WITH_DRAFT_MODEL, 1, 1.05, 2.0),
+        (WITH_DRAFT_MODEL, 64, 0.98, 1.25),
     ],
 )
 def test_drafts_save_time_where_they_are_right_and_cost_none_where_they_are_not(
@@ -201,7 +206,7 @@ def test_drafts_save_time_where_they_are_right_and_cost_none_where_they_are_not(
     plain_s = mean_time_s(model, batch, None)
     gains = {acceptance: plain_s / mean_time_s(model, batch, acceptance) for acceptance in (0.0, 0.3, 0.7, 0.9)}
     # A draft model must be tried before it shows anything, which these first requests pay for.
-    assert min(gains.values()) > (0.97 if model.pass_ms else 0.985), gains
+    assert min(gains.values()) > (0.965 if model.pass_ms else 0.985), gains
     assert gains[0.7] >= min_gain_at_0_7, gains
     assert gains[0.9] >= min_gain_at_0_9, gains
 
