@@ -345,7 +345,7 @@ def _has_tied_head(config: Any, folder: Path) -> bool:
     As in transformers 5, a head in the files that differs from the embeddings is the model's own, whatever
     ``tie_word_embeddings`` says. Files that cannot be read are left to the loader.
     """
-    if not config.tie_word_embeddings:
+    if not getattr(config, "tie_word_embeddings", False):
         return False
     try:
         tensors = checkpoint_tensors(folder)

@@ -1,6 +1,7 @@
 """Qwen2 (Yang et al. 2024) and Qwen3 (Yang et al. 2025), dense and with a mixture of experts.
 
-Mellum 2 (JetBrains 2026) is Qwen3 with experts, and with windows and rotary embeddings by layer.
+The models with images turn heads by three kinds of positions, which are equal in a text. Mellum 2 (JetBrains 2026) is
+Qwen3 with experts, and with windows and rotary embeddings by layer.
 """
 
 import dataclasses
@@ -58,6 +59,10 @@ QWEN3 = Family(
     o_bias="attention_bias",
     windows="by_layer",
 )
+
+QWEN2_VL = dataclasses.replace(QWEN2, model_type="qwen2_vl_text", architecture="Qwen2VLTextModel")
+QWEN2_5_VL = dataclasses.replace(QWEN2, model_type="qwen2_5_vl_text", architecture="Qwen2_5_VLTextModel")
+QWEN3_VL = dataclasses.replace(QWEN3, model_type="qwen3_vl_text", architecture="Qwen3VLTextModel", windows="none")
 
 QWEN3_MOE = Family(
     "qwen3_moe",

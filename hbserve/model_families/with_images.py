@@ -1,7 +1,7 @@
 """Classes with an encoder of images, whose text part is served.
 
-Their ``config.json`` has the text model's keys under ``text_config``, and their checkpoints have its tensors beside
-those of the encoder.
+Their ``config.json`` has the text model's keys under ``text_config`` (older ones among the others), and their
+checkpoints have its tensors beside those of the encoder.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ TEXT_PARTS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "gemma3": ("Gemma3ForConditionalGeneration", "gemma3_text"),
         "llava": ("LlavaForConditionalGeneration", "llama"),
         "mistral3": ("Mistral3ForConditionalGeneration", "mistral"),
+        "qwen2_vl": ("Qwen2VLForConditionalGeneration", "qwen2_vl_text"),
+        "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text"),
+        "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
     }
 )
 """By transformers' ``model_type``, the class name, and the ``model_type`` of a ``text_config`` that names none."""
 
-_ENCODERS = ("vision_tower.", "multi_modal_projector.")
+_ENCODERS = ("vision_tower.", "multi_modal_projector.", "visual.")
 _TEXT, _NEW_TEXT = "language_model.", "model.language_model."
 
 
@@ -35,10 +38,10 @@ def text_document(document: dict[str, Any]) -> dict[str, Any]:
         for name, (architecture, text_type) in TEXT_PARTS.items()
         if (model_type is None or model_type == name) and (not names or names[0] == architecture)
     ]
-    if not found or (model_type is None and not names) or not isinstance(part, dict):
+    if not found or (model_type is None and not names) or not isinstance(part, dict | None):
         return document
     whole = {key: value for key, value in document.items() if key not in ("architectures", "text_config")}
-    given = {key: value for key, value in part.items() if key != "architectures" and value is not None}
+    given = {key: value for key, value in (part or {}).items() if key != "architectures" and value is not None}
     return whole | {"model_type": found[0]} | given
 
 
@@ -46,9 +49,9 @@ def text_tensors(names: list[str]) -> dict[str, str]:
     """Return the text part's tensors: for each name in a checkpoint the one that the text model's own class gives it.
 
     Published checkpoints begin all names of the part with ``language_model.``; transformers 5 writes
-    ``model.language_model.``, but not before the LM head.
+    ``model.language_model.``, but not before the LM head. Qwen's have ``visual.`` before those of the encoder only.
     """
-    if not any(name.startswith((_TEXT, _NEW_TEXT)) for name in names):
+    if not any(name.startswith((_TEXT, _NEW_TEXT, "visual.")) for name in names):
         return {name: name for name in names}
     return {
         name: f"model.{name.removeprefix(_NEW_TEXT)}" if name.startswith(_NEW_TEXT) else name.removeprefix(_TEXT)

@@ -45,6 +45,7 @@ _YARN_ROPE = {
     "beta_fast": 16,
     "original_max_position_embeddings": 64,
 }
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -204,6 +205,18 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "vision_config": _VISION,
     },
+    **{
+        name: {
+            "model_type": name,
+            "text_config": _BASE | {"head_dim": 16, "rope_parameters": _MROPE},
+            "vision_config": {"depth": 1, "num_heads": 2} | sizes,
+        }
+        for name, sizes in (
+            ("qwen2_vl", {"embed_dim": 32, "hidden_size": 64}),
+            ("qwen2_5_vl", {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32}),
+            ("qwen3_vl", {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32}),
+        )
+    },
     "mistral3": {"model_type": "mistral3", "text_config": _BASE | {"model_type": "mistral"}, "vision_config": _VISION},
     "granite": {
         "model_type": "granite",
@@ -342,7 +355,7 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 _SHARED = (
     *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
     *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
-    *("granitemoeshared", "granite4", "gemma3_with_images", "mistral3"),
+    *("granitemoeshared", "granite4", "gemma3_with_images", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
 """Models that do not share all of their attention with another one here."""

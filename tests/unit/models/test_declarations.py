@@ -20,6 +20,9 @@ NO_EFFECT = {
     *("router_jitter_noise", "initializer_range", "output_router_logits", "router_aux_loss_coef", "get_text_config"),
     *("pad_token_id", "use_cache", "_attn_implementation"),
     *("image_token_id", "mm_tokens_per_image", "text_config", "vision_config"),  # of the classes with images
+    *("video_token_id", "depth", "embed_dim", "in_channels", "mlp_ratio", "num_heads", "out_hidden_size", "patch_size"),
+    *("spatial_merge_size", "temporal_patch_size", "fullatt_block_indexes", "window_size"),
+    *("deepstack_visual_indexes", "num_position_embeddings"),
 }
 """Attributes of a configuration without effect on the logits of a text."""
 
