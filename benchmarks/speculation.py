@@ -12,6 +12,10 @@ replaces the guess by one that is right with the given probability.
     tpot     mean of the requests' times per output token; unlike the rate it does not depend on the last request alone
     step     time of the device for a step, and tokens of a sequence in one step; both without the steps of prompts
     equal    share of tokens that are the same as without drafts
+
+A host may be 20 % slower for seconds. So ``--repeats`` measures without and with drafts in turns, and the summary gives
+the median of the gains within each turn. A batch that ends together gets smaller at its end, by more with drafts than
+without. With ``--waves`` a request comes as soon as another one ends, so the batch stays full.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -30,6 +35,7 @@ import msgspec
 
 from hbserve import LLM, SamplingParams
 from hbserve.bench.arguments import add_engine_arguments, check_new_file, engine_arguments, find_model, positive
+from hbserve.system.prompt_batch import as_batch, generate_all
 
 _TEMPERATURE = 100.0
 
@@ -42,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.89, 0.7, 0.0], help="right guesses, 0 to 1")
     parser.add_argument("--prompt-tokens", type=positive, default=128)
     parser.add_argument("--output-tokens", type=positive, default=256)
+    parser.add_argument("--waves", type=positive, default=1, help="requests for each place of a batch, one by one")
+    parser.add_argument("--repeats", type=positive, default=1, help="turns of a measurement without drafts, and with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
     add_engine_arguments(parser)
@@ -59,23 +67,26 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         rng = random.Random(arguments.seed)
         _warm_up(llm)
         for batch in arguments.batch:
-            prompts, sampling = _requests(rng, llm, batch, arguments)
-            expected, base = _generate(llm, prompts, sampling)
-            plain[batch] = prompts, sampling, expected, base
-            _show(lines, {"batch": batch, "acceptance": None} | base, base, 1.0)
-            for acceptance in arguments.acceptance:
-                vocab_size = llm._llm.engine.vocab_size
-                predicted = [
-                    msgspec.structs.replace(one, prediction=_guesses(rng, output, acceptance, vocab_size))
-                    for one, output in zip(sampling, expected, strict=True)
-                ]
-                outputs, found = _generate(llm, prompts, predicted)
-                _show(lines, {"batch": batch, "acceptance": acceptance} | found, base, _equal(outputs, expected))
+            prompts, sampling = _requests(rng, llm, batch * arguments.waves, arguments)
+            vocab_size = llm._llm.engine.vocab_size
+            for _ in range(arguments.repeats):
+                expected, base = _generate(llm, prompts, sampling, batch)
+                plain[batch] = prompts, sampling, expected, base
+                _show(lines, {"batch": batch, "acceptance": None} | base, base, 1.0)
+                for acceptance in arguments.acceptance:
+                    predicted = [
+                        msgspec.structs.replace(one, prediction=_guesses(rng, output, acceptance, vocab_size))
+                        for one, output in zip(sampling, expected, strict=True)
+                    ]
+                    outputs, found = _generate(llm, prompts, predicted, batch)
+                    _show(lines, {"batch": batch, "acceptance": acceptance} | found, base, _equal(outputs, expected))
         device = next(iter(llm.get_system_stats()["gpu_instances"].values()))["device"]
     if arguments.draft_model is not None:
         print(f"with the draft model {arguments.draft_model}", flush=True)
         _run_draft_model(arguments, str(model), engine, plain, lines)
-    result = {"model": model.name, "device": device, "engine": engine, "lines": lines}
+    if arguments.repeats > 1:
+        _print_summary(lines)
+    result = {"model": model.name, "device": device, "engine": engine, "waves": arguments.waves, "lines": lines}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return result
@@ -107,10 +118,10 @@ def _run_draft_model(
                 known = {"prompt_tokens": arguments.prompt_tokens, "outputs": outputs}
                 forced.write_text(json.dumps(known | {"acceptance": 1.0}))
                 short = [msgspec.structs.replace(one, max_tokens=32) for one in sampling]
-                _generate(llm, prompts, short)  # both models have then read the prompts
-                for acceptance in arguments.acceptance:
+                _generate(llm, prompts, short, batch)  # both models have then read the prompts
+                for acceptance in arguments.acceptance * arguments.repeats:
                     forced.write_text(json.dumps(known | {"acceptance": acceptance}))
-                    found_outputs, found = _generate(llm, prompts, sampling)
+                    found_outputs, found = _generate(llm, prompts, sampling, batch)
                     line = {"batch": batch, "acceptance": acceptance, "draft_model": arguments.draft_model} | found
                     _show(lines, line, base, _equal(found_outputs, expected))
 
@@ -121,20 +132,20 @@ def _print_heads() -> None:
 
 
 def _warm_up(llm: LLM) -> None:
-    _generate(llm, [[1] * 16], [SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)])
+    _generate(llm, [[1] * 16], [SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)], 1)
 
 
 def _requests(
-    rng: random.Random, llm: LLM, batch: int, arguments: argparse.Namespace
+    rng: random.Random, llm: LLM, number: int, arguments: argparse.Namespace
 ) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Make a batch of requests; their prompts are then in the cache."""
+    """Make requests; their prompts are then in the cache."""
     vocab_size = llm._llm.engine.vocab_size
-    prompts = [rng.choices(range(vocab_size), k=arguments.prompt_tokens) for _ in range(batch)]
+    prompts = [rng.choices(range(vocab_size), k=arguments.prompt_tokens) for _ in range(number)]
     sampling = [
         SamplingParams(temperature=_TEMPERATURE, seed=seed, max_tokens=arguments.output_tokens, ignore_eos=True)
-        for seed in range(batch)
+        for seed in range(number)
     ]
-    _generate(llm, prompts, [msgspec.structs.replace(one, max_tokens=1) for one in sampling])
+    _generate(llm, prompts, [msgspec.structs.replace(one, max_tokens=1) for one in sampling], number)
     return prompts, sampling
 
 
@@ -144,12 +155,12 @@ def _guesses(rng: random.Random, output: list[int], acceptance: float, vocab_siz
 
 
 def _generate(
-    llm: LLM, prompts: list[list[int]], sampling: list[SamplingParams]
+    llm: LLM, prompts: list[list[int]], sampling: list[SamplingParams], batch: int
 ) -> tuple[list[list[int]], dict[str, float]]:
-    """Generate; returns the outputs, and what was measured."""
+    """Generate, at most ``batch`` requests at a time; returns the outputs, and what was measured."""
     before = _counts(llm)
     started = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = llm._run(generate_all(llm._llm.engine, as_batch(prompts), sampling, batch))
     seconds = time.perf_counter() - started
     used = {name: value - before[name] for name, value in _counts(llm).items()}
     num_tokens = sum(len(output["token_ids"]) for output in outputs)
@@ -157,7 +168,7 @@ def _generate(
         "tokens_per_s": num_tokens / seconds,
         "tpot_ms": 1000 * used["tpot_s"] / len(prompts),
         "step_ms": 1000 * used["busy_s"] / used["steps"],
-        "tokens_per_step": num_tokens / len(prompts) / used["steps"],
+        "tokens_per_step": num_tokens / batch / used["steps"],
         "drafted": used["drafted"],
         "accepted": used["accepted"],
     }
@@ -179,6 +190,20 @@ def _counts(llm: LLM) -> dict[str, float]:
 def _equal(outputs: list[list[int]], expected: list[list[int]]) -> float:
     pairs = [pair for ours, theirs in zip(outputs, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
     return sum(one == other for one, other in pairs) / len(pairs)
+
+
+def _print_summary(lines: list[dict[str, Any]]) -> None:
+    """Print the median of the gains, with the least and the greatest one; without drafts: how far its speeds differ."""
+    print("\n batch  accept  gain, median (least, greatest)   tpot, gain", flush=True)
+    for batch, acceptance in dict.fromkeys((line["batch"], line["acceptance"]) for line in lines):
+        found = [line for line in lines if (line["batch"], line["acceptance"]) == (batch, acceptance)]
+        gains, tpot_gains = [line["gain"] for line in found], [line["tpot_gain"] for line in found]
+        if acceptance is None:
+            rates = [line["tokens_per_s"] for line in found]
+            gains = tpot_gains = [rate / statistics.median(rates) for rate in rates]
+        name = "none" if acceptance is None else f"{acceptance:.2f}"
+        gain = f"{statistics.median(gains):.3f} ({min(gains):.3f}, {max(gains):.3f})"
+        print(f"{batch:6} {name:>7}  {gain:31} {statistics.median(tpot_gains):.3f}", flush=True)
 
 
 def _show(lines: list[dict[str, Any]], line: dict[str, Any], base: dict[str, float], equal: float) -> None:
