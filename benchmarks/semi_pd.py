@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -35,6 +36,8 @@ _PART_TIMEOUT_S = 240.0
 _SPLITS = (SMAllocation(50, 50), SMAllocation(60, 40))  # no multiprocessor is in both shares
 _NUM_SLEEPERS = 8  # enough for one rotation after the other
 _TIME_FOR_LOSSES_S = 45.0
+_LONG_GAP_S = 0.016
+"""The file has the gaps between tokens of a stream from this length."""
 _MIB = 1 << 20
 
 
@@ -105,7 +108,16 @@ class _Benchmark:
         if self._options.json is None:
             return
         streams = self._load.token_times if self._load is not None else {}
-        record = {"results": self._results, "events": self._events, "token_times": streams}
+        long_gaps = {
+            index: [
+                (round(start, 4), round(1000 * (end - start), 2))
+                for times in requests
+                for start, end in itertools.pairwise(times)
+                if end - start >= _LONG_GAP_S
+            ]
+            for index, requests in streams.items()
+        }
+        record = {"results": self._results, "events": self._events, "long_gaps": long_gaps}
         self._options.json.write_text(json.dumps(record))
 
     # --- systems ---------------------------------------------------------------------------------
