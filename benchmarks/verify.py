@@ -2,7 +2,8 @@
 
 Two systems of a prefill and a decode worker run at the same time on the same devices, one of which verifies. They are
 measured in turns, so that what else goes on is the same for both: TTFT and time to the second token of requests that
-come alone, and output tokens per second of many at once. Medians over all rounds.
+come alone, and output tokens per second of many at once. Each round compares the two, in the other order than the round
+before; the cost is the median over the rounds, with its quartiles.
 """
 
 from __future__ import annotations
@@ -46,12 +47,17 @@ def run(arguments: argparse.Namespace) -> None:
     check_new_file("--json", arguments.json)
     found = asyncio.run(_measure(arguments))
     for name, (without, with_) in found.items():
-        print(f"{name:28} {without:9.2f} without, {with_:9.2f} with checksums: {with_ / without - 1:+.2%}")
+        cost = np.array(with_) / np.array(without) - 1
+        low, median, high = np.percentile(cost, [25, 50, 75])
+        print(
+            f"{name:28} {statistics.median(without):9.2f} without, {statistics.median(with_):9.2f} with checksums; "
+            f"in a round {median:+.2%} (quartiles {low:+.2%}, {high:+.2%})"
+        )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-async def _measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
+async def _measure(arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
     model = find_model(arguments.model)
     longest = max(*arguments.prompt_lens, arguments.input_len + arguments.output_len) + 64
     room = max(2 * longest, arguments.num_requests * (arguments.input_len + arguments.output_len + 64))
@@ -64,11 +70,11 @@ async def _measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
         starts = (stack.enter_async_context(DisaggregatedLLM(config)) for config in configs)
         systems = await asyncio.gather(*starts)
         for number in range(arguments.rounds + 1):  # the first one warms up
-            for index, llm in enumerate(systems):
-                measured = await _round(llm, arguments, random)
+            for index in (0, 1) if number % 2 else (1, 0):
+                measured = await _round(systems[index], arguments, random)
                 for name, value in measured.items() if number else ():
                     samples.setdefault(name, ([], []))[index].append(value)
-    return {name: [statistics.median(values) for values in both] for name, both in samples.items()}
+    return samples
 
 
 async def _round(llm: DisaggregatedLLM, arguments: argparse.Namespace, random: np.random.Generator) -> dict[str, float]:

@@ -259,13 +259,18 @@ class KVTransferManager(ABC):
         if not command.targets:
             raise KVTransferError("the receiver has not opened the link")
         routes = self._shard.outgoing(len(command.targets))
-        checksums = None
-        if command.checksum:
-            parts = sorted({route.source_part for route in routes})
-            checksums = await asyncio.to_thread(self._checksums, command, parts)
-        queued_s = await _gather_or_cancel(
-            [self._send(command, command.targets[route.target], route) for route in routes]
-        )
+        sends = [self._send(command, command.targets[route.target], route) for route in routes]
+        if not command.checksum:
+            return _Success(max(await _gather_or_cancel(sends), default=0.0))
+        parts = sorted({route.source_part for route in routes})
+        # While the bytes move: nothing may write to the blocks, so the checksums are those of what is sent.
+        summing = asyncio.create_task(asyncio.to_thread(self._checksums, command, parts))
+        try:
+            queued_s = await _gather_or_cancel(sends)
+            checksums = await summing
+        except BaseException:
+            await cancel_and_wait([summing])
+            raise
         return _Success(max(queued_s, default=0.0), checksums)
 
     async def _receive_all(self, command: ReceiveBlocks) -> _Success:
