@@ -5,8 +5,8 @@ in which every token is wrong with a given probability. So the engine drafts, ve
 often it is right is forced. Requests sample at temperature 100: the noise decides nearly every token, and it depends
 on seed and position alone. So a last bit of the logits changes at most one token, and the next guesses are right again.
 
-With ``--draft-model`` a second system drafts with that model. It computes every guess, and `benchmarks.forced_drafts`
-replaces the guess by one that is right with the given probability.
+With ``--draft-model`` a second system drafts with that model, or with a random EAGLE-3 head of the model's own sizes.
+It computes every guess, and `benchmarks.forced_drafts` replaces the guess by one that is right with that probability.
 
     rate     output tokens per second, of all requests together, from the first request to the last token
     tpot     mean of the requests' times per output token; unlike the rate it does not depend on the last request alone
@@ -35,6 +35,7 @@ import msgspec
 
 from hbserve import LLM, SamplingParams
 from hbserve.bench.arguments import add_engine_arguments, check_new_file, engine_arguments, find_model, positive
+from hbserve.model_files import read_config
 from hbserve.system.prompt_batch import as_batch, generate_all
 
 _TEMPERATURE = 100.0
@@ -43,7 +44,7 @@ _TEMPERATURE = 100.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; see `run`."""
     parser.add_argument("--model", default="qwen3-8b", help="folder or shape of a model")
-    parser.add_argument("--draft-model", help="folder or shape of a draft model")
+    parser.add_argument("--draft-model", help="folder or shape of a draft model; or eagle3, for a head")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 32, 256], help="requests at a time")
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.89, 0.7, 0.0], help="right guesses, 0 to 1")
     parser.add_argument("--prompt-tokens", type=positive, default=128)
@@ -109,8 +110,9 @@ def _run_draft_model(
         os.environ["HBSERVE_FORCED_DRAFTS"] = str(forced)
         sys.path.insert(0, str(Path(__file__).parent / "forced_drafts"))  # child processes get it as their PYTHONPATH
         forced.write_text(json.dumps({"acceptance": 0.0, "prompt_tokens": 0, "outputs": {}}))
-        engine = engine | {"speculation_method": "draft_model"}
-        draft_model = str(find_model(arguments.draft_model))
+        is_head = arguments.draft_model == "eagle3"
+        draft_model = str(_head_of(model, Path(folder)) if is_head else find_model(arguments.draft_model))
+        engine = engine | {"speculation_method": "eagle3" if is_head else "draft_model"}
         with LLM(model, **engine, speculation_model=draft_model) as llm:
             _warm_up(llm)
             for batch, (prompts, sampling, expected, base) in plain.items():
@@ -124,6 +126,16 @@ def _run_draft_model(
                     found_outputs, found = _generate(llm, prompts, sampling, batch)
                     line = {"batch": batch, "acceptance": acceptance, "draft_model": arguments.draft_model} | found
                     _show(lines, line, base, _equal(found_outputs, expected))
+
+
+def _head_of(model: str, folder: Path) -> Path:
+    """Write the shape of an EAGLE-3 head for a model, with the 32,000 tokens of most published ones."""
+    document = read_config(Path(model))
+    own = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    sizes = {key: document[key] for key in own if key in document}
+    head = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 32000, **sizes}
+    (folder / "config.json").write_text(json.dumps(head))
+    return folder
 
 
 def _print_heads() -> None:

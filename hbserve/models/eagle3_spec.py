@@ -108,7 +108,8 @@ class Eagle3Spec:
             raise ModelError(f"{path}: {sizes}, so it cannot share the model's embedding, and has no {_EMBEDDING}")
         is_smaller = draft_vocab_size < target.vocab_size
         return Eagle3Spec(
-            layer=replace(layer, dtype=target.dtype),
+            # published heads state the length of their training, which limits no sequence
+            layer=replace(layer, dtype=target.dtype, max_position_embeddings=target.max_position_embeddings),
             draft_vocab_size=draft_vocab_size,
             tapped_layers=_tapped_layers(path, document, target.num_layers),
             target_hidden_size=target.hidden_size,

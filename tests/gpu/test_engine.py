@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from hbserve.engine.model_runner import ModelRunner
 from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.platform import make_platform
 from tests.support.engines import assert_no_leaks, random_prompt
+from tests.support.model_zoo import save_head
 from tests.support.paths import ROOT
 from tests.support.plan_driver import GREEDY as GREEDY_DRIVER
 from tests.support.plan_driver import Driver, Sequence
@@ -236,6 +238,48 @@ def test_a_draft_model_is_right_where_it_is_the_model_itself(has_graphs: bool) -
     # Rounding decides near ties, and a sequence may go on differently behind one.
     assert sum(a == b for a, b in zip(*outputs, strict=True)) >= 3
     assert driver.num_accepted > 0.8 * driver.num_drafted > 100
+
+
+def test_an_eagle_head_guesses_the_same_in_graphs_and_changes_no_token(tmp_path: Path) -> None:
+    """A random head; a sequence now and then has nothing that was read before."""
+    sizes = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "rms_norm_eps": 1e-6}
+    save_head(tmp_path, **sizes)
+    prompts = [random_prompt(length, seed=length) for length in (3, 16, 31, 200, 5)]
+    outputs: list[list[list[int]]] = []
+    guessed: list[dict[tuple[int, ...], list[int]]] = []
+    for has_graphs in (True, False):
+        config = from_dict(
+            {
+                "model": {"path": DEMO, "device": "cuda", "dtype": "bfloat16"},
+                "performance": {"num_blocks": 512, "max_num_seqs": 8},
+                "cuda_graph": {"enabled": has_graphs},
+                "speculation": {"method": "eagle3", "model": str(tmp_path)},
+            }
+        )
+        platform = make_platform("cuda", gpu_id=0, num_threads=1, num_instances=1)
+        platform.activate()
+        runner = ModelRunner(config, config.gpu_instances[0], platform)
+        rng = random.Random(2)
+
+        def draft(sequence: Sequence, limit: int, rng: random.Random = rng) -> list[int]:
+            if rng.random() < 0.1:
+                sequence.num_read = 0
+            return [TO_BE_DRAFTED] * min(rng.choice((0, 1, 2, 7)), limit)
+
+        for drafter in (None, draft):
+            driver = Driver(runner, chunk=64, drafter=drafter, rereads=True)
+            seeded = SamplingParams(temperature=0.8, seed=3, max_tokens=None)
+            sequences = [
+                driver.add(prompt, 60, slot, sampling=GREEDY_DRIVER if slot % 2 else seeded)
+                for slot, prompt in enumerate(prompts)
+            ]
+            outputs.append(driver.run(*sequences))
+        guessed.append({(slot, *tokens): guesses for slot, tokens, guesses in driver.guesses})
+    # Rounding decides near ties, and a sequence may go on differently behind one.
+    for others in outputs[1:]:
+        assert sum(a == b for a, b in zip(outputs[0], others, strict=True)) >= 3
+    firsts = [(guessed[0][key], guessed[1][key]) for key in guessed[0].keys() & guessed[1].keys()]
+    assert sum(a == b for a, b in firsts) > 0.8 * len(firsts) > 40
 
 
 async def test_random_load_with_preemption_aborts_and_shared_prefixes_leaks_nothing() -> None:

@@ -391,35 +391,46 @@ def save_model(folder: Path, name: str, sharded: bool = False, **changes: Any) -
 
 
 def save_head(folder: Path, **config: Any) -> dict[str, torch.Tensor]:
-    """Save a random EAGLE-3 head of the tiny models, as SpecForge does; returns its tensors.
+    """Save a random EAGLE-3 head, as SpecForge does; returns its tensors.
 
-    It can guess the 200 tokens whose number divided by 8 leaves at most 4.
+    It can guess the tokens whose number divided by 8 leaves at most 4.
+
+    Args:
+        config: of config.json, where it is not for the tiny models.
     """
-    num_tokens, hidden, inner, kv = 200, 64, 96, 32
-    sizes = {**_BASE, "head_dim": 16, "num_hidden_layers": 1, "draft_vocab_size": num_tokens}
-    layers = {"eagle_aux_hidden_state_layer_ids": HEAD_TAPS}
-    document = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", **sizes, **layers, **config}
+    document: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        **_BASE,
+        "head_dim": 16,
+        "num_hidden_layers": 1,
+        "eagle_aux_hidden_state_layer_ids": HEAD_TAPS,
+        **config,
+    }
+    token_ids = torch.tensor([token for token in range(document["vocab_size"]) if token % 8 < 5])
+    document = {"draft_vocab_size": len(token_ids), **document}
+    hidden, inner, head_dim = (document[key] for key in ("hidden_size", "intermediate_size", "head_dim"))
+    q, kv = (document[key] * head_dim for key in ("num_attention_heads", "num_key_value_heads"))
+    shapes = {
+        "fc": (hidden, 3 * hidden),
+        "midlayer.self_attn.q_proj": (q, 2 * hidden),
+        "midlayer.self_attn.k_proj": (kv, 2 * hidden),
+        "midlayer.self_attn.v_proj": (kv, 2 * hidden),
+        "midlayer.self_attn.o_proj": (hidden, q),
+        "midlayer.mlp.gate_proj": (inner, hidden),
+        "midlayer.mlp.up_proj": (inner, hidden),
+        "midlayer.mlp.down_proj": (hidden, inner),
+        "lm_head": (len(token_ids), hidden),
+    }
     generator = torch.Generator().manual_seed(5)
-    token_ids = torch.tensor([token for token in range(VOCAB_SIZE) if token % 8 < 5])
-    t2d = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
-    t2d[token_ids] = True
     tensors = {
-        name: torch.empty(shape).normal_(0, 0.15, generator=generator)
-        for name, shape in {
-            "fc.weight": (hidden, 3 * hidden),
-            "midlayer.self_attn.q_proj.weight": (hidden, 2 * hidden),
-            "midlayer.self_attn.k_proj.weight": (kv, 2 * hidden),
-            "midlayer.self_attn.v_proj.weight": (kv, 2 * hidden),
-            "midlayer.self_attn.o_proj.weight": (hidden, hidden),
-            "midlayer.mlp.gate_proj.weight": (inner, hidden),
-            "midlayer.mlp.up_proj.weight": (inner, hidden),
-            "midlayer.mlp.down_proj.weight": (hidden, inner),
-            "lm_head.weight": (num_tokens, hidden),
-        }.items()
+        f"{name}.weight": torch.empty(shape).normal_(0, 0.15, generator=generator) for name, shape in shapes.items()
     }
     for name in ("midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm", "norm"):
         tensors[f"{name}.weight"] = torch.ones(hidden)
-    tensors |= {"d2t": token_ids - torch.arange(num_tokens), "t2d": t2d}
+    t2d = torch.zeros(document["vocab_size"], dtype=torch.bool)
+    t2d[token_ids] = True
+    tensors |= {"d2t": token_ids - torch.arange(len(token_ids)), "t2d": t2d}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(document))
     save_file(tensors, folder / "model.safetensors")
