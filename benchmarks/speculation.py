@@ -207,15 +207,17 @@ def _equal(outputs: list[list[int]], expected: list[list[int]]) -> float:
 def _print_summary(lines: list[dict[str, Any]]) -> None:
     """Print the median of the gains, with the least and the greatest one; without drafts: how far its speeds differ."""
     print("\n batch  accept  gain, median (least, greatest)   tpot, gain", flush=True)
-    for batch, acceptance in dict.fromkeys((line["batch"], line["acceptance"]) for line in lines):
-        found = [line for line in lines if (line["batch"], line["acceptance"]) == (batch, acceptance)]
+    kinds: dict[tuple[int, float | None, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        kinds.setdefault((line["batch"], line["acceptance"], line.get("draft_model", "")), []).append(line)
+    for (batch, acceptance, draft_model), found in kinds.items():
         gains, tpot_gains = [line["gain"] for line in found], [line["tpot_gain"] for line in found]
         if acceptance is None:
             rates = [line["tokens_per_s"] for line in found]
             gains = tpot_gains = [rate / statistics.median(rates) for rate in rates]
         name = "none" if acceptance is None else f"{acceptance:.2f}"
         gain = f"{statistics.median(gains):.3f} ({min(gains):.3f}, {max(gains):.3f})"
-        print(f"{batch:6} {name:>7}  {gain:31} {statistics.median(tpot_gains):.3f}", flush=True)
+        print(f"{batch:6} {name:>7}  {gain:31} {statistics.median(tpot_gains):.3f}  {draft_model}", flush=True)
 
 
 def _show(lines: list[dict[str, Any]], line: dict[str, Any], base: dict[str, float], equal: float) -> None:
