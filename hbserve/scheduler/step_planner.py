@@ -39,6 +39,9 @@ _MAX_UNREAD_TOKENS = 2048
 """Tokens that the draft model reads in a step, of all sequences: of a prompt, about a tenth would take as long."""
 _SHORT_READ, _MAX_READ_PER_TOKEN = 16, 16
 """Tokens that the draft model always reads, and how many more for each token that is left of a sequence's output."""
+_SEQUENCES_PER_LOOK = 32
+"""While a batch drafts nothing, the scheduler looks at the guesses of so many sequences a step, in the mean: to look at
+256 would take it longer than to plan the step."""
 _NO_DRAFT = Draft([], "", Record())
 _Allocations = list[tuple[Sequence, KVAllocation]]
 
@@ -126,6 +129,7 @@ class StepPlanner:
         drafts = self._choose_drafts(step, instance, decoding, limit_s, max_rounds_s)
         if drafts is None:
             return False
+        step.worker.num_undrafted = 0 if drafts else step.worker.num_undrafted + 1
         if step.rounds > 1:
             step.rounds = self._rounds(instance, decoding, drafts, step.rounds)
         for sequence, allocation in decoding:
@@ -155,6 +159,8 @@ class StepPlanner:
         speculating = [item for item in decoding if item[0].speculator is not None]
         max_rows = min(self._max_rows, self._max_num_batched_tokens) - step.num_tokens - len(decoding)
         if not speculating or max_rows <= 0:
+            return {}
+        if step.worker.num_undrafted % max(1, len(speculating) // _SEQUENCES_PER_LOOK):
             return {}
         for sequence, allocation in speculating:
             assert sequence.speculator is not None

@@ -70,6 +70,7 @@ class WorkerHandle:
         is_introduced: it has been told of the sequences that ran when it registered.
         cell: its place on the step board of the workers that share an arena; None: it has none.
         has_waited_for: the last step of another worker that one of its plans waits for.
+        num_undrafted: plans in a row in which no sequence got a draft or waited for one; `StepPlanner` changes it.
         results: results that wait until earlier steps, at other workers, are confirmed; `WorkerRegistry` changes it.
     """
 
@@ -97,7 +98,7 @@ class WorkerHandle:
         self.is_told_to_end = False
         self.is_introduced = False
         self.cell: int | None = None
-        self.has_waited_for = 0
+        self.has_waited_for = self.num_undrafted = 0
         self.results: deque[StepResult] = deque()
         self.work = Work()
         self.last_step_s = 0.0
