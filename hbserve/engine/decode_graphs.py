@@ -200,7 +200,7 @@ class DecodeGraphs:
             self.capture(size)
         if not self._feeds_every_row:  # compile it now, on padding
             padding = PlanRow(self._table.padding_slot, 0, 1, [0], [], True)
-            self._device_rounds([padding], 1).advance(self._inputs.tensor("token_ids", 1))
+            self._device_rounds([padding], np.zeros(1, np.int32), 1).advance(self._inputs.tensor("token_ids", 1))
         used = before - torch.cuda.mem_get_info(device)[0]
         seconds = time.perf_counter() - started
         logger.info(
@@ -351,7 +351,8 @@ class DecodeGraphs:
         samples.note_positions(table, slots, starts + 1)
         num_logprobs = table.num_logprobs[slots].tolist()
         if repeats:
-            device_rounds = self._device_rounds(rows, size)
+            last_rows = np.cumsum([row.num_samples for row in rows]) - 1
+            device_rounds = self._device_rounds(rows, pages.indptr[last_rows], size)
             self._repeatable = _Repeatable(graph, device_rounds, num_rows, num_logprobs)
             table.next_positions[slots] = UNKNOWN_POSITION  # how many rounds count, only the results say
         if plain.all():
@@ -372,18 +373,17 @@ class DecodeGraphs:
             and max(_max_end(row, rounds) for row in rows) <= self._max_seq_len
         )
 
-    def _device_rounds(self, rows: list[PlanRow], size: int) -> DeviceRounds:
+    def _device_rounds(self, rows: list[PlanRow], first_pages: npt.NDArray[np.int32], size: int) -> DeviceRounds:
         tensor = self._inputs.tensor
         inputs = RoundInputs(
             token_ids=tensor("token_ids", size),
             positions=tensor("positions", size),
             num_stored=tensor("num_stored", size),
             slot_mapping=tensor("slot_mapping", size),
-            indptr=tensor("indptr", size + 1),
             indices=self._inputs.indices,
             block_size=self._block_size,
         )
-        return DeviceRounds(rows, inputs, self._table.vocab_size)
+        return DeviceRounds(rows, inputs, first_pages, self._table.vocab_size)
 
     @property
     def can_repeat(self) -> bool:

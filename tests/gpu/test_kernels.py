@@ -273,11 +273,12 @@ def test_rounds_on_the_device_are_those_on_the_host() -> None:
             return torch.tensor([*values, *[0] * num_padding], dtype=torch.int64, device="cuda")
 
         pages = [tables[row.slot] for row in rows for _ in range(row.num_tokens)]
-        indptr = torch.tensor(np.cumsum([0, *map(len, pages)]), dtype=torch.int32, device="cuda")
+        ends = np.cumsum([row.num_tokens for row in rows])
+        first_pages = np.cumsum([0, *map(len, pages)])[ends - 1].astype(np.int32)
         indices = torch.tensor(np.concatenate(pages), dtype=torch.int32, device="cuda")
         inputs = token_ids, positions, num_stored, slot_mapping = [on_gpu(values) for values in arrays(plan)]
-        given = RoundInputs(token_ids, positions, num_stored, slot_mapping, indptr, indices, page)
-        rounds = DeviceRounds(rows, given, vocab_size)
+        given = RoundInputs(token_ids, positions, num_stored, slot_mapping, indices, page)
+        rounds = DeviceRounds(rows, given, first_pages, vocab_size)
         following: StepPlan | None = plan
         while following is not None:
             sampled = [

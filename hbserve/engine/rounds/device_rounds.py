@@ -34,7 +34,8 @@ _LANES = MAX_DRAFT_TOKENS + 1
 @triton.jit(do_not_specialize=["vocab_size"])
 def _advance_kernel(  # type: ignore[no-untyped-def]
     token_ids, positions, num_stored, slot_mapping,  # changed
-    sampled, indptr, indices, first_rows, lengths, stops, guesses, places, ends,  # ``stops`` and ``places`` are changed
+    sampled, indices, first_rows, lengths, first_pages, guesses, ends,
+    stops, places,  # changed
     vocab_size, page: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
@@ -58,7 +59,7 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
     is_known = in_row & (lane > 0) & (at < tl.load(ends + sequence))
     following = tl.load(guesses + at, mask=is_known, other=0)
     position = tl.load(positions + row, mask=in_row, other=0) + last + 1
-    first_page = tl.load(indptr + row, mask=in_row, other=0)
+    first_page = tl.load(first_pages + sequence)
     page_id = tl.load(indices + first_page + position // page, mask=goes_on, other=0)
     tl.debug_barrier()  # everything has been read
     tl.store(token_ids + row, tl.where(lane == 0, new, following), mask=goes_on)
@@ -77,7 +78,7 @@ class RoundInputs:
 
     Attributes:
         token_ids, positions, num_stored, slot_mapping: int64 ``[rows]``, changed.
-        indptr, indices: pages of each row, int32; as many as it may need in all rounds.
+        indices: int32, pages of rows; as many as they may need in all rounds.
         block_size: tokens of a page.
     """
 
@@ -85,7 +86,6 @@ class RoundInputs:
     positions: Tensor
     num_stored: Tensor
     slot_mapping: Tensor
-    indptr: Tensor
     indices: Tensor
     block_size: int
 
@@ -95,10 +95,13 @@ class DeviceRounds:
 
     Args:
         rows: of the plan; all have their tokens, and none of them is `TO_BE_DRAFTED`.
+        first_pages: ``[sequences]``, where in ``inputs.indices`` the pages of a sequence's last token begin.
         vocab_size: sampled tokens are below it, unless the logits are no numbers.
     """
 
-    def __init__(self, rows: list[PlanRow], inputs: RoundInputs, vocab_size: int) -> None:
+    def __init__(
+        self, rows: list[PlanRow], inputs: RoundInputs, first_pages: npt.NDArray[np.int32], vocab_size: int
+    ) -> None:
         self._inputs, self._vocab_size, self._num_sequences = inputs, vocab_size, len(rows)
         lengths = np.array([row.num_samples for row in rows], np.int64)
         guesses = [[*(row.token_ids or ())[1:], *row.ahead] for row in rows]
@@ -108,6 +111,7 @@ class DeviceRounds:
             {
                 "first_rows": np.cumsum(lengths) - lengths,
                 "lengths": lengths,
+                "first_pages": first_pages,
                 "stops": np.array([row.stop for row in rows], np.int64),
                 "guesses": flat,
                 "places": ends - [len(tokens) for tokens in guesses],
@@ -121,8 +125,8 @@ class DeviceRounds:
         inputs, tensors = self._inputs, self._tensors
         _advance_kernel[(self._num_sequences,)](
             inputs.token_ids, inputs.positions, inputs.num_stored, inputs.slot_mapping,
-            sampled, inputs.indptr, inputs.indices,
-            tensors["first_rows"], tensors["lengths"], tensors["stops"],
-            tensors["guesses"], tensors["places"], tensors["ends"],
+            sampled, inputs.indices,
+            tensors["first_rows"], tensors["lengths"], tensors["first_pages"], tensors["guesses"], tensors["ends"],
+            tensors["stops"], tensors["places"],
             self._vocab_size, inputs.block_size, _LANES, num_warps=1,
         )  # fmt: skip
