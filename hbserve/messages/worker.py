@@ -165,7 +165,7 @@ class Hello(Message, frozen=True):
         serves_as: the role that it has prepared for last, which an operator may have changed.
         epoch: number of this incarnation, different at every start.
         arena_epoch: epoch of its KV memory: the same, or that of the process that holds the memory.
-        model: identity of its weights, see `hbserve.models.loader.model_fingerprint`.
+        model: identity of its weights, see `hbserve.models.fingerprint.model_fingerprint`.
         dtype: of what is not quantised; kv_dtype: of KV.
         block_bytes: bytes of one KV block over all layers and ranks.
         num_layers: layers of the model; head_bytes: bytes of one KV head in one block, over all layers.

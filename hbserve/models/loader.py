@@ -1,12 +1,9 @@
-"""Reads safetensors checkpoints: fills the weight arena (or with random weights), and fingerprints a model."""
+"""Reads safetensors checkpoints: fills the weight arena (or with random weights)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,9 +29,6 @@ from hbserve.weight_format import KV_SCALE_NAMES
 _DUMMY_STD, _DUMMY_FP8_STD = 0.02, 32.0
 _DUMMY_PERIOD_ELEMENTS = 1_048_583
 """Period of the repeated noise: a prime, so no two rows of a matrix are equal."""
-
-_SAMPLE_BYTES = 256
-_FINGERPRINT_CHARACTERS = 16
 
 logger = logging.getLogger(__name__)
 
@@ -238,39 +232,3 @@ def _is_harmless(name: str, spec: ModelSpec) -> bool:
     ):
         return True
     return name.endswith("rotary_emb.inv_freq") or (spec.tied_embeddings and name == LM_HEAD)
-
-
-def model_fingerprint(folder: str | Path, spec: ModelSpec, dummy_seed: int | None = None) -> str:
-    """Compute a short name that is equal for equal architecture and weights, however files divide the weights.
-
-    It covers each tensor's name, dtype, shape and 256 bytes in its middle: a fine-tuned model differs there.
-
-    Args:
-        dummy_seed: seed of random weights, which need no files; None: the weights are the folder's.
-
-    Raises:
-        ModelError: the weights cannot be read.
-    """
-    # The dtype of KV is no property of the model; instances compare it by itself.
-    digest = hashlib.sha256(repr(replace(spec, kv_format=None)).encode())
-    if dummy_seed is not None:
-        digest.update(f"dummy {dummy_seed}".encode())
-        return digest.hexdigest()[:_FINGERPRINT_CHARACTERS]
-    samples = _samples(checkpoint_tensors(Path(folder)))
-    for name in sorted(samples):
-        digest.update(name.encode() + samples[name])
-    return digest.hexdigest()[:_FINGERPRINT_CHARACTERS]
-
-
-def _samples(tensors: dict[str, TensorEntry]) -> dict[str, bytes]:
-    """Sample the middle of each tensor."""
-    samples = {}
-    for name, entry in tensors.items():
-        try:
-            with entry.path.open("rb") as file:
-                file.seek(max(entry.begin, (entry.begin + entry.end - _SAMPLE_BYTES) // 2))
-                data = file.read(min(_SAMPLE_BYTES, entry.end - entry.begin))
-        except OSError as error:
-            raise ModelError(f"{entry.path} cannot be read: {error.strerror}") from None
-        samples[name] = json.dumps([entry.dtype, list(entry.shape)]).encode() + data
-    return samples

@@ -100,13 +100,13 @@ class _Reader:
         file.seek(entry.begin + first * row_bytes)
         has_whole_rows = part.dim == 0 or target.shape == entry.shape
         if self._device.type == "cpu" and target.dtype == dtype and has_whole_rows and target.is_contiguous():
-            _read_into(file, target.view(-1).view(torch.uint8))
+            read_into(file, memoryview(target.view(-1).view(torch.uint8).numpy().data))
             return
         max_rows = max(1, _BUFFER_BYTES // row_bytes)
         for row in range(first, last, max_rows):
             end = min(row + max_rows, last)
             piece = self._buffer(max(_BUFFER_BYTES, row_bytes))[: (end - row) * row_bytes]
-            _read_into(file, piece)
+            read_into(file, memoryview(piece.numpy().data))
             source = piece.view(dtype).view(end - row, *entry.shape[1:])
             if part.dim:
                 source = source.narrow(part.dim, part.start, part.stop - part.start)
@@ -122,9 +122,8 @@ class _Reader:
         return buffer
 
 
-def _read_into(file: FileIO, target: Tensor) -> None:
-    """Fill a vector of bytes. Raises `OSError`."""
-    left = memoryview(target.numpy().data)
+def read_into(file: FileIO, left: memoryview) -> None:
+    """Fill a view of bytes. Raises `OSError`."""
     while left:
         num_bytes = file.readinto(left)
         if not num_bytes:

@@ -28,7 +28,7 @@ class LoadedRank:
     """A rank that has loaded everything and can serve.
 
     Attributes:
-        model_fingerprint: see `hbserve.models.loader.model_fingerprint`.
+        model_fingerprint: see `hbserve.models.fingerprint.model_fingerprint`.
     """
 
     model_fingerprint: str
@@ -66,7 +66,7 @@ def loaded_rank(
         attachment: to arenas that another process holds; None: the rank makes its own.
         partition: its share of the device.
         stopwatch: measures the parts of the start: ``imports``, ``driver``, ``device``, ``ranks`` (meeting them),
-            those of `ModelRunner`, and ``transfers``.
+            those of `ModelRunner`, ``fingerprint`` (the wait for it), and ``transfers``.
         host: memory of the host for KV blocks.
         report_copy: called with the results of copies to and from KV tiers, in any thread.
         defers_graphs: see `ModelRunner`.
@@ -79,7 +79,7 @@ def loaded_rank(
 
     from hbserve.engine.model_runner import ModelRunner
     from hbserve.engine.process_group import join_group
-    from hbserve.models.loader import model_fingerprint
+    from hbserve.models.fingerprint import WeightsDigest, model_fingerprint
     from hbserve.platform import Partition, make_platform
 
     stopwatch = stopwatch or Stopwatch()
@@ -96,16 +96,18 @@ def loaded_rank(
     platform.activate()
     platform.probe()
     stopwatch.lap("device")
+    dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
     with torch.inference_mode():
         timeout_s = max(config.rpc.start_timeout_s, config.rpc.step_timeout_s)
         parallel = join_group(platform, tp_rank, size, port, listener, timeout_s)
         stopwatch.lap("ranks")
-        runner = ModelRunner(config, instance, platform, parallel, attachment, stopwatch, defers_graphs)
+        with WeightsDigest(config.model.path, dummy_seed) as digest:
+            runner = ModelRunner(config, instance, platform, parallel, attachment, stopwatch, defers_graphs)
+            fingerprint = model_fingerprint(digest.result(), runner.spec)
+        stopwatch.lap("fingerprint")
         sharing = ArenaSharing(runner.kv_handle, platform.open_arena)
         shard = Shard.of_rank(tp_rank, size, runner.spec.num_kv_heads, runner.layout)
         transfers = RankTransfers(config, instance, shard, runner.kv_blocks, report, sharing)
-        dummy_seed = config.model.seed if config.model.load_format == "dummy" else None
-        fingerprint = model_fingerprint(config.model.path, runner.spec, dummy_seed)
         facts = fingerprint, config.model.quantization, runner.dtype, runner.layout, runner.spec.num_kv_heads, size
         tiers = RankTiers(
             config.kv_cache,

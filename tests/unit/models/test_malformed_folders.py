@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.chaos.folder_loader import use_text
 from hbserve.errors import MAX_MESSAGE_CHARS, ModelError
 from hbserve.model_spec import ModelSpec
-from hbserve.models.loader import check_weights, load_weights, model_fingerprint
+from hbserve.models.fingerprint import WeightsDigest
+from hbserve.models.loader import check_weights, load_weights
 from hbserve.models.weights import WeightTable
 from hbserve.tokenizer import Tokenizer
 from hbserve.tokenizer_files import read_vocabulary
@@ -31,7 +32,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> None:
     check_weights(folder, spec)
     arena = torch.empty(table.num_bytes, dtype=torch.uint8)
     load_weights(folder, spec, table, arena)
-    model_fingerprint(folder, spec)
+    with WeightsDigest(folder) as digest:
+        digest.result()
 
 
 def max_memory_mb() -> float:
