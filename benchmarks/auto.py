@@ -42,7 +42,9 @@ FIRST_COME = f"unified@{_FIRST_COME_CHUNK}"
 DEFAULT_RATES = {"chat": (8.0, 14.0, 20.0), "code": (4.0, 8.0, 12.0), "agents": (1.5, 2.5, 3.5)}
 """Rates of the standard loads for the comparison without given targets."""
 _DEFAULTS_S = 40.0
-_DEFAULTS_SEEDS = (1, 2, 3)
+_DEFAULTS_SEEDS = range(1, 7)
+_DEFAULTS_OF_TRACES = {"azure": ((8.0, 14.0, 20.0), 3000, 40.0), "mooncake": ((0.8, 1.4, 2.0), 1800, 100.0)}
+"""Rates, requests from the begin of one part to that of the next, and seconds."""
 _KV_TOKENS = 560_000
 _MAX_INPUT_LEN = 32_768
 _HEADER = (
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Simulate, print a table with the means, and write the file."""
     check_new_file("--json", arguments.json)
     if arguments.defaults:
-        _compare_defaults(arguments.profile)
+        _compare_defaults(arguments)
         return
     rows = []
     print(_HEADER, flush=True)
@@ -166,9 +168,9 @@ def _row(part: Part, profile: Path | None) -> Row:
     return Row(part.load, part.rate, str(part.targets), outcomes["auto"].bound, attainment, outcomes)
 
 
-def _compare_defaults(profile: Path | None) -> None:
+def _compare_defaults(arguments: argparse.Namespace) -> None:
     """Print latencies with the targets of the machine, and those of first come, first served without targets."""
-    measured = load_profile(profile)
+    measured = load_profile(arguments.profile)
     steps = profiled_predictor(measured)
     targets = machine_targets(FoundProfile(measured, "", True))
     ours = SchedulerConfig(
@@ -183,26 +185,45 @@ def _compare_defaults(profile: Path | None) -> None:
             Sizes(
                 chunk_size=chunk,
                 max_chunk_prefill_tokens=chunk,
+                max_num_batched_tokens=chunk,  # decode rows included
                 kv_tokens=_KV_TOKENS,
                 scheduler=SchedulerConfig(policy="fcfs"),
             )
             for chunk in (_FIRST_COME_CHUNK, _LARGE_CHUNK)
         ),
     ]
-    print(f"{'load':8} {'req/s':>5}   TTFT p50, p99 and ITL p99 (ms): auto, first come in chunks of 2048, of 8192")
+    print("TTFT p50, p99 and ITL p99 (ms): auto, first come in chunks of 2048, of 8192; auto over the former")
+    for load, rate, parts in _default_loads(arguments):
+        rows = []
+        for sizes in systems:
+            ttfts_ms, itls_ms = [], []
+            for make in parts:
+                requests = make()
+                itls_ms += _serve(sizes, steps, requests)
+                ttfts_ms += [request.ttft_ms for request in requests]
+            ttfts_ms.sort()
+            rows.append((percentile(ttfts_ms, 50), percentile(ttfts_ms, 99), percentile(sorted(itls_ms), 99)))
+        texts = [" ".join(f"{value:6.0f}" for value in row) for row in rows]
+        texts.append(" ".join(f"{ours / first_come:6.3f}" for ours, first_come in zip(rows[0], rows[1], strict=True)))
+        print(f"{load:8} {rate:5.1f}  {'   '.join(texts)}", flush=True)
+
+
+def _default_loads(
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[str, float, list[Callable[[], list[SimulatedRequest]]]]]:
+    """Yield each load of the comparison without targets: its name, rate and parts."""
     for load, rates in DEFAULT_RATES.items():
         for rate in rates:
-            texts = []
-            for sizes in systems:
-                ttfts_ms, itls_ms = [], []
-                for seed in _DEFAULTS_SEEDS:
-                    requests = standard_load(load, rate, round(_DEFAULTS_S * rate), seed)
-                    itls_ms += _serve(sizes, steps, requests)
-                    ttfts_ms += [request.ttft_ms for request in requests]
-                ttfts_ms.sort()
-                values = (percentile(ttfts_ms, 50), percentile(ttfts_ms, 99), percentile(sorted(itls_ms), 99))
-                texts.append(" ".join(f"{value:6.0f}" for value in values))
-            print(f"{load:8} {rate:5.1f}  {'   '.join(texts)}", flush=True)
+            yield load, rate, [_drawn(load, rate, round(_DEFAULTS_S * rate), seed) for seed in _DEFAULTS_SEEDS]
+    for name, path in (("azure", arguments.azure), ("mooncake", arguments.mooncake)):
+        rates, step, seconds = _DEFAULTS_OF_TRACES[name]
+        for rate in rates if path is not None else ():
+            trace = load_trace(path)
+            yield (
+                name,
+                rate,
+                [_of_trace(trace[number * step :], rate, seconds) for number in range(len(_DEFAULTS_SEEDS))],
+            )
 
 
 def _serve(sizes: Sizes, steps: StepTimePredictor, requests: list[SimulatedRequest]) -> list[float]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence as Items
 from typing import Protocol, TypeVar
 
 from hbserve.config import SchedulerConfig
+from hbserve.policy.passing_order import PassingOrder
 from hbserve.policy.step_time_predictor import StepTimePredictor
 
 _RESUMED, _NEW, _BATCH = 0, 1, 2
@@ -33,9 +34,6 @@ _MIN_OVERDUE_S = 1.0
 OVERDUE_SHARE = 0.1
 """Share of prefill's time that overdue prompts get, however many others could still keep their targets."""
 _MAX_OWED_S = 1.0
-_HANDICAP = 2.0
-"""Where targets are a guess, a prompt goes after those that come within so many times its own duration."""
-_MAX_HANDICAP_S = 0.3
 _NUM_TARGETS = 64
 """Arrivals whose targets count as those of the requests that may come next."""
 
@@ -154,10 +152,8 @@ class SloAware(QueuePolicy):
     Least laxity alone would serve, under overload, the prompts that are about to be late, until all of them are.
 
     Without targets nothing is deferred, and the order is that of arrival. Where targets are a guess, nothing is
-    deferred either: a deferred request would pay for the guess. The order is then that of arrival plus twice the
-    prompt's own duration, at most 0.3 s. Short prompts pass long ones that came shortly before, which makes the median
-    shorter. No prompt is passed by one that comes 0.3 s after it, so the longest times are nearly those of first come,
-    first served. While some of the last requests have targets of their own, guessed ones are deadlines like these.
+    deferred either: a deferred request would pay for the guess. The order is then a `PassingOrder`. While some of the
+    last requests have targets of their own, guessed ones are deadlines like these.
 
     No prompt starves. One that has waited for `OVERDUE_TARGETS` times its target, and for a second, is *overdue*. Of
     the time in which prompts are computed, overdue ones get `OVERDUE_SHARE`, the earliest deadline first. An account
@@ -179,6 +175,8 @@ class SloAware(QueuePolicy):
         self._default_ttft_ms = default_ttft_ms
         self._soft_target_ms = soft_target_ms
         self._num_since_target = _NUM_TARGETS  # arrivals since the last one with a target that is no guess
+        self._passing_order: PassingOrder[Prompt] = PassingOrder()
+        self._places: dict[Prompt, int] = {}  # in that order
         self._deferred: set[Prompt] = set()  # admitted ones included
         self._owed_s = 0.0  # to overdue prompts
         self._overdue: Prompt | None = None  # the one whose deadline was first
@@ -186,14 +184,15 @@ class SloAware(QueuePolicy):
         self._has_targets = False
 
     def rank(self, sequence: Prompt) -> Rank:
-        if self._soft_target_ms is not None and not self._has_targets:
-            return _group(sequence), sequence.arrival_time + self._handicap_s(sequence), sequence.arrival
+        if self._passes:
+            return _group(sequence), sequence.arrival_time, sequence.arrival
         due = sequence.arrival_time + (self._target_ms(sequence) or _DEFAULT_TTFT_MS) / 1000
         return _group(sequence), due, sequence.arrival
 
-    def _handicap_s(self, sequence: Prompt) -> float:
-        """Return the time by which a prompt steps back behind later ones, where targets are a guess."""
-        return min(_HANDICAP * self._left_s(sequence, 0), _MAX_HANDICAP_S)
+    @property
+    def _passes(self) -> bool:
+        """Whether all targets are a guess, so that the order is a `PassingOrder`."""
+        return self._soft_target_ms is not None and not self._has_targets
 
     def on_waiting(self, sequence: Prompt) -> None:
         """See `QueuePolicy.on_waiting`. Its target counts as that of requests that may come next."""
@@ -221,7 +220,7 @@ class SloAware(QueuePolicy):
     def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
         if not self._has_targets:
             self._deferred, self._overdue = set(), None
-            return waiting
+            return self._pass(waiting, now, admitted) if self._passes else waiting
         allocations, num_workers = admitted()
         # Resumed ones, late ones, others and best-effort ones stand in this order.
         late, others, batch = (
@@ -240,6 +239,17 @@ class SloAware(QueuePolicy):
         if first is not None and self._owed_s > 0 and first in ordered:
             ordered.sort(key=lambda sequence: sequence is not first)
         return ordered + waiting[batch:]
+
+    def _pass(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
+        first, batch = (bisect.bisect_left(waiting, group, key=lambda s: s.rank[0]) for group in (_NEW, _BATCH))
+        end = min(first + _HORIZON, batch)
+        allocations, num_workers = admitted()
+        prompts: list[tuple[Prompt, int]] = [item for item in allocations if item[0].rank[0] == _NEW]
+        prompts += [(sequence, 0) for sequence in waiting[first:end]]
+        prompts.sort(key=lambda item: item[0].rank)
+        left = [(sequence, sequence.arrival_time, self._prompt_s(sequence, n) / num_workers) for sequence, n in prompts]
+        self._places = {sequence: place for place, sequence in enumerate(self._passing_order.order(left, now))}
+        return [*waiting[:first], *sorted(waiting[first:end], key=self._places.__getitem__), *waiting[end:]]
 
     def _defer(self, prompts: list[tuple[Prompt, int]], now: float, num_workers: int) -> set[Prompt]:
         end = now + _STEPS_WAITED * self._predictor.step_s
@@ -281,13 +291,19 @@ class SloAware(QueuePolicy):
             if self._is_overdue(sequence, now):
                 self._owed_s -= seconds
 
-    def _left_s(self, sequence: Prompt, num_computed: int) -> float:
+    def _prompt_s(self, sequence: Prompt, num_computed: int) -> float:
         start = num_computed or sequence.expected_cached_tokens
-        return SAFETY_FACTOR * self._predictor.prompt_s(max(0, len(sequence.tokens) - start), start)
+        return self._predictor.prompt_s(max(0, len(sequence.tokens) - start), start)
+
+    def _left_s(self, sequence: Prompt, num_computed: int) -> float:
+        return SAFETY_FACTOR * self._prompt_s(sequence, num_computed)
 
     def key(self, sequence: Prompt, num_computed: int, now: float) -> tuple[int, Rank]:
         """See `QueuePolicy.key`. Prompts that can be in time go before deferred ones, and these before late ones."""
-        group, deadline, _ = rank = sequence.rank
+        group, deadline, arrival = rank = sequence.rank
+        if group == _NEW and self._passes:
+            place = self._places.get(sequence)  # None: it is beyond the horizon
+            return (_DEFERRED, rank) if place is None else (_IN_TIME, (group, place, arrival))
         if not self._has_targets or group != _NEW:
             return _IN_TIME if group != _BATCH else _LAST, rank
         if sequence is self._overdue and self._owed_s > 0:

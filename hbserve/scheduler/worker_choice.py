@@ -25,9 +25,8 @@ from hbserve.scheduler.worker import WorkerHandle
 _MAX_OVERHEAD = 0.1
 """Share of a step's time that does not depend on its work. Beside decode rows without a target, a step has no more
 prompt tokens than bring it down to this."""
-_SOFT_TOKENS_BESIDE_DECODE = 2000
-_SOFT_TOKENS_ALONE = 4096
-"""Prompt tokens of a step where targets are a guess. Larger steps compute prompts hardly faster."""
+_SOFT_TOKENS = 2048
+"""Tokens of a step where targets are a guess, decode rows included. Larger steps compute prompts hardly faster."""
 _STEP_SHARE = 0.25
 """Share of the TTFT target that a step of prompts may take: what comes while it runs waits for its end."""
 _BATCH_SHARE = 0.1
@@ -346,7 +345,7 @@ class WorkerChoice:
         if not targets_ms:
             if self._targets_are_soft:
                 limit = limit._replace(seconds=math.inf)
-                max_tokens = min(known_tokens, _SOFT_TOKENS_BESIDE_DECODE if decoding else _SOFT_TOKENS_ALONE)
+                max_tokens = min(known_tokens, max(_SOFT_TOKENS - len(decoding), MIN_TOKENS_ALONE))
             elif decoding and self._has_no_token_limit:
                 efficient = max(predictor.efficient_tokens(_MAX_OVERHEAD), MIN_TOKENS_ALONE)
                 max_tokens = int(min(efficient, known_tokens))

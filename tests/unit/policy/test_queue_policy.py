@@ -84,16 +84,22 @@ def test_short_prompts_pass_long_ones_but_not_for_ever() -> None:
     assert order.index(0) == 9  # passed by those that arrived in the first 8.5 seconds
 
 
-def test_where_targets_are_a_guess_no_prompt_is_passed_by_those_that_come_much_later() -> None:
+def test_where_targets_are_a_guess_short_prompts_pass_long_ones_and_none_is_given_up() -> None:
     guess = {"ttft_ms": 100.0, "ttft_ms_per_1k_tokens": 200.0, "targets_are_soft": True}
     soft = policy("slo_aware", prefill_s_per_token=1e-3, **guess)
-    long, middle = waiting(soft, 0.0, 900), waiting(soft, 0.0, 100)  # 0.9 s and 0.1 s: 0.3 s and 0.2 s back
-    short = [waiting(soft, 0.1 * number, 1) for number in range(6)]
+    slow = waiting(soft, 0.0, 3000)
+    assert served(soft, [slow], 0.0) == [0]  # it takes 3 s; others may wait for three quarters of that
     late = 50.0  # all are far beyond 100 ms and are not given up
-    assert served(soft, [long, middle, *short], late) == [2, 3, 1, 4, 0, 5, 6, 7]
+    long, short, batch = waiting(soft, late, 900), waiting(soft, late, 100), waiting(soft, late, 1, priority="batch")
+    assert served(soft, [batch, long, short], late) == [2, 1, 0]
+    begun = [(long, 400), (waiting(soft, late, 600), 0)]  # with an allocation, they count with what is left
+    assert served(soft, [short], late, begun) == [0]
+    keys = [soft.key(sequence, start, late) for sequence, start in [(short, 0), *begun]]
+    assert keys == sorted(keys)
+    late = 90.0
     assert soft.has_missed_target(long, late)
     assert not soft.gives_way(long, late)
-    assert soft.tightest_ttft_s == pytest.approx(0.1002)
+    assert soft.tightest_ttft_s == pytest.approx(0.12)  # of the shortest of them
     waiting(soft, 60.0, 10, 500.0)  # a request with a target of its own: the guesses count as targets beside it
     cached = waiting(soft, 60.0, 1000)
     assert cached.rank[1] == pytest.approx(60.3)  # due 0.1 s and 0.2 s for each 1000 tokens later
