@@ -156,6 +156,7 @@ class StepPlanner:
             None instead: the whole step waits for a result.
         """
         candidates, sequences = [], []
+        usually_unread = MAX_DRAFT_TOKENS if instance.has_eagle_head else 1  # after a draft
         speculating = [item for item in decoding if item[0].speculator is not None]
         max_rows = min(self._max_rows, self._max_num_batched_tokens) - step.num_tokens - len(decoding)
         if not speculating or max_rows <= 0:
@@ -173,7 +174,7 @@ class StepPlanner:
             if draft is not None:
                 judge = functools.partial(instance.choice.is_late, sequence, allocation)
                 is_late = sequence.speculator.judge(len(tokens), judge)
-                must_read = draft.num_to_draft > 0 and position - allocation.num_read > 1
+                must_read = draft.num_to_draft > 0 and position - allocation.num_read > usually_unread
                 candidates.append(Candidate(draft, position, position < len(tokens), is_late, must_read))
                 sequences.append(sequence)
         if not candidates:
