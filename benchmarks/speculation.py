@@ -129,11 +129,17 @@ def _run_draft_model(
 
 
 def _head_of(model: str, folder: Path) -> Path:
-    """Write the shape of an EAGLE-3 head for a model, with the 32,000 tokens of most published ones."""
+    """Write the shape of an EAGLE-3 head for a model, with at most the 32,000 tokens of most published ones."""
     document = read_config(Path(model))
     own = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     sizes = {key: document[key] for key in own if key in document}
-    head = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": min(32000, document["vocab_size"]), **sizes}
+    num_tokens = min(32000, document["vocab_size"])
+    head = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "num_hidden_layers": 1,
+        "draft_vocab_size": num_tokens,
+        **sizes,
+    }
     (folder / "config.json").write_text(json.dumps(head))
     return folder
 

@@ -1,6 +1,6 @@
 """Train an EAGLE-3 head for a model, on text that the model writes itself.
 
-``python scripts/train_eagle3.py --model examples/models/hbserve-demo --output head`` takes a few minutes on a CPU. Then
+``python scripts/train_eagle3.py --model examples/models/hbserve-demo --output head`` takes minutes on a CPU. Then
 ``hbserve serve MODEL --speculation.method eagle3 --speculation.model head`` uses the head.
 
 As in Li et al. 2025 (EAGLE-3, "training-time test"), the head learns to continue its own chain of guesses: in pass 0
@@ -180,7 +180,7 @@ def write_texts(options: argparse.Namespace, is_demo: bool) -> list[tuple[list[i
         SamplingParams(temperature=0.8 * (index % 2), seed=index, max_tokens=options.tokens)
         for index in range(len(asked))
     ]
-    with LLM(options.model, mode="unified", device="cpu", dtype="float32", log_level="WARNING") as llm:
+    with LLM(options.model, mode="unified", log_level="WARNING") as llm:
         outputs = llm.generate(asked, sampling)
     return [(prompt, output["token_ids"]) for prompt, output in zip(asked, outputs, strict=True)]
 
@@ -292,11 +292,13 @@ def main() -> None:
     """Write texts, train, and report how often the head is right."""
     options = parse_options()
     torch.manual_seed(options.seed)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device).eval()
     config = model.config.to_dict()
     num_layers = config["num_hidden_layers"]
     layers = [2, num_layers // 2, num_layers - 3] if num_layers > 6 else [1, num_layers // 2, num_layers - 1]
     texts = write_texts(options, is_demo="hbserve-demo" in Path(options.model).resolve().name)
+    torch.set_default_device(device)
     written = torch.tensor([token for prompt, answer in texts for token in prompt + answer])
     counts = torch.bincount(written, minlength=config["vocab_size"])
     token_ids = counts.argsort(descending=True)[: options.draft_vocab].sort().values
