@@ -133,13 +133,8 @@ def _head_of(model: str, folder: Path) -> Path:
     document = read_config(Path(model))
     own = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     sizes = {key: document[key] for key in own if key in document}
-    num_tokens = min(32000, document["vocab_size"])
-    head = {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "num_hidden_layers": 1,
-        "draft_vocab_size": num_tokens,
-        **sizes,
-    }
+    sizes |= {"num_hidden_layers": 1, "draft_vocab_size": min(32000, document["vocab_size"])}
+    head = {"architectures": ["LlamaForCausalLMEagle3"], **sizes}
     (folder / "config.json").write_text(json.dumps(head))
     return folder
 

@@ -266,10 +266,9 @@ def save(head: Head, config: dict[str, object], token_ids: Tensor, folder: Path)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     can_guess = torch.zeros(len(head.embedding), dtype=torch.bool)
     can_guess[token_ids] = True
-    tensors = {name: weight.bfloat16().contiguous() for name, weight in head.tensors().items()}
-    save_file(
-        tensors | {"d2t": token_ids - torch.arange(len(token_ids)), "t2d": can_guess}, folder / "model.safetensors"
-    )
+    tensors = {name: weight.bfloat16() for name, weight in head.tensors().items()}
+    tensors |= {"d2t": token_ids - torch.arange(len(token_ids)), "t2d": can_guess}
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 def parse_options() -> argparse.Namespace:
@@ -280,7 +279,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=400, help="texts that the model writes")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
     parser.add_argument("--draft-vocab", type=int, default=8192, help="tokens that the head can guess, at most")
-    parser.add_argument("--passes", type=int, default=3, help="of the training-time test")
+    parser.add_argument("--passes", type=int, default=5, help="of the training-time test")
     parser.add_argument("--batch", type=int, default=8, help="texts of a step")
     parser.add_argument("--seconds", type=float, default=120, help="time of training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
