@@ -15,7 +15,7 @@ import torch
 
 from hbserve.errors import HBServeError
 from hbserve.kv_tiers.base import BlockName, KVTier, KVTierContext
-from hbserve.kv_tiers.mooncake_library import MooncakeTierError, check_answers, load_library, local_address
+from hbserve.kv_tiers.mooncake_library import MooncakeTierError, check_answers, load_library, local_address, no_answer
 
 _NO_ROOM = -200
 _NOT_FOUND = -704
@@ -54,7 +54,7 @@ class MooncakeTier(KVTier):
                 client = self._library.MooncakeDistributedStore()
                 code = client.setup(local_address(self._config), "P2PHANDSHAKE", 0, 0, "tcp", "", self._master)
                 if code:
-                    raise MooncakeTierError(f"kv_cache.store: no client for {self._master} (code {code})")
+                    raise no_answer(self._config, f"code {code}")
                 self._client = client
                 for buffer in self._buffers:
                     self._register(buffer)
@@ -85,7 +85,7 @@ class MooncakeTier(KVTier):
     def contains(self, names: Sequence[BlockName]) -> list[bool]:
         codes = self._connected().batch_is_exist(_texts(names))
         if any(code < 0 for code in codes):
-            raise MooncakeTierError(f"kv_cache.store: {self._master} does not answer (code {min(codes)})")
+            raise no_answer(self._config, f"code {min(codes)}")
         return [code == 1 for code in codes]
 
     def remove(self, names: Sequence[BlockName]) -> None:

@@ -63,6 +63,12 @@ def local_address(config: StoreTierConfig) -> str:
         raise MooncakeTierError(f"kv_cache.store.master: {host}: {error.strerror}") from None
 
 
+def no_answer(config: StoreTierConfig, reason: str) -> MooncakeTierError:
+    """Return the error of a master that does not answer, with what to do."""
+    text = f"kv_cache.store: the master at {config.master} does not answer: {reason}"
+    return MooncakeTierError(f"{text}; `hbserve store` with this configuration starts one on that host")
+
+
 def check_answers(config: StoreTierConfig) -> None:
     """Connect to the master.
 
@@ -72,8 +78,7 @@ def check_answers(config: StoreTierConfig) -> None:
     try:
         socket.create_connection(config.address, _CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        what = f"kv_cache.store: the master at {config.master} does not answer: {error.strerror or error}"
-        raise MooncakeTierError(what) from None
+        raise no_answer(config, str(error.strerror or error)) from None
 
 
 def binary(name: str) -> str:

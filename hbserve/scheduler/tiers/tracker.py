@@ -34,6 +34,9 @@ would cost scheduler and workers as many messages as the steps themselves."""
 _MAX_STORE_DELAY_S = 0.02
 """How long fewer bytes wait for others, to the next step of the scheduler. A sequence that has just sealed a block has
 more steps, or ends, and then its blocks are pending and do not wait."""
+_MAX_NAMED_STORE_DELAY_S = 0.2
+"""The same for a tier that keeps blocks by name. Each call of a store costs messages to its master and memory, so it
+gets as many bytes at once as a job may have."""
 _MAX_STORE_JOBS = 2
 """Store jobs in flight at one instance and tier: one is copied while the next one is on its way."""
 _MAX_BACKLOG = 0.125
@@ -199,7 +202,8 @@ class KVTiers:
                 tier.directory.stats.skipped_blocks += len(absent)
                 continue
             allocation.begin_copy()
-            offers.append(_Offer(allocation, self._clock.now + _MAX_STORE_DELAY_S, deque(absent)))
+            delay_s = _MAX_NAMED_STORE_DELAY_S if tier.info.by_name else _MAX_STORE_DELAY_S
+            offers.append(_Offer(allocation, self._clock.now + delay_s, deque(absent)))
 
     def dispatch(self) -> None:
         """Send offered blocks on their way, as many as may be under way at a time. A tier that rests gets none."""
@@ -207,17 +211,18 @@ class KVTiers:
             while offers and tier.rests_until > self._clock.now:
                 tier.directory.stats.skipped_blocks += len(offers[0].blocks)
                 self._drop(instance, offers.popleft())
-            while self._are_due(instance, offers) and self._num_stores(instance, tier) < _MAX_STORE_JOBS:
+            while self._are_due(instance, tier, offers) and self._num_stores(instance, tier) < _MAX_STORE_JOBS:
                 if not self._store(instance, tier, offers):
                     break
 
-    def _are_due(self, instance: InstanceHandle, offers: deque[_Offer]) -> bool:
+    def _are_due(self, instance: InstanceHandle, tier: Tier, offers: deque[_Offer]) -> bool:
         """Whether a store job is worth its messages, or its blocks have waited long enough, or others wait for them."""
         if not offers or instance.hello is None:
             return False
         if offers[0].due <= self._clock.now or instance.pool.num_pending_blocks:
             return True
-        enough = min(_MIN_STORE_BYTES / instance.hello.block_bytes, _MAX_BACKLOG / 2 * instance.pool.total_blocks)
+        num_bytes = _MAX_STORE_BYTES if tier.info.by_name else _MIN_STORE_BYTES
+        enough = min(num_bytes / instance.hello.block_bytes, _MAX_BACKLOG / 2 * instance.pool.total_blocks)
         return sum(len(offer.blocks) for offer in offers) >= enough
 
     def _num_stores(self, instance: InstanceHandle, tier: Tier) -> int:

@@ -10,6 +10,7 @@ import pytest
 from hbserve.cli.store import main
 from hbserve.config import StoreTierConfig
 from hbserve.errors import HBServeError, StartupError
+from hbserve.kv_tiers.mooncake_library import check_answers
 from hbserve.kv_tiers.store_service import StoreService, _Part
 from tests.support.paths import ROOT
 
@@ -39,6 +40,14 @@ def test_more_memory_than_the_host_has_is_refused() -> None:
 def test_a_master_whose_name_is_unknown_is_refused() -> None:
     with pytest.raises(HBServeError, match=r"kv_cache.store.master: nowhere.invalid: "):
         StoreService(config(50051, host="nowhere.invalid"))
+
+
+def test_a_master_that_does_not_answer_is_named_with_what_starts_one() -> None:
+    with socket.socket() as taken:  # and does not listen
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(HBServeError, match=rf"the master at 127.0.0.1:{port} does not answer: .* `hbserve store` "):
+            check_answers(config(port))
 
 
 async def test_a_part_that_ends_at_its_start_and_ever_again_is_told() -> None:

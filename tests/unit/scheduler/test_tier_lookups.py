@@ -124,3 +124,17 @@ def test_a_block_that_was_evicted_after_the_lookup_is_computed() -> None:
     assert system.stats["failures"] == {"missing": 1}
     [store] = system.copies
     assert len(store.keys) == 1
+
+
+def test_a_store_gets_more_blocks_at_once_than_memory() -> None:
+    system = StoreSystem(num_blocks=100)
+    system.is_paused = True
+    system.ask([*range(1, 41)], max_tokens=100)
+    system.found(system.lookups[0], 0)
+    withheld, system._withheld = system._withheld, []
+    system.step(*withheld)
+    system.step(seconds=0.1)
+    assert not system.copies  # two blocks of 1 MiB
+    system.step(seconds=0.1)
+    [store] = system.copies
+    assert len(store.keys) == 2
