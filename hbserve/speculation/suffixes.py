@@ -83,7 +83,11 @@ class OutputPools:
 
 
 class SuffixDrafter:
-    """What followed the longest suffix, in the sequence itself or in recent outputs; a longer match guesses further."""
+    """What followed the longest suffix, in the sequence itself or in recent outputs; a longer match guesses further.
+
+    Where an edited text differs from its source, no suffix is found. The drafter then keeps its place in the source: it
+    takes the next one or two tokens for inserted ones.
+    """
 
     name = "suffix"
 
@@ -91,6 +95,9 @@ class SuffixDrafter:
         self._pool = pool
         self._own = _Index()
         self._begin: int | None = None  # the first token that is indexed
+        self._source, self._place = self._own, 0  # where the last guess came from, and where the source goes on
+        self._num_seen = 0
+        self._num_inserted = _ORDER  # tokens since then that the source does not have
 
     def draft(self, tokens: Items[int], max_tokens: int) -> list[int]:
         """See `hbserve.speculation.drafters.Drafter`."""
@@ -100,6 +107,7 @@ class SuffixDrafter:
             self._begin = max(0, len(tokens) - _MAX_INDEXED)
         begin = self._begin + len(self._own.tokens)
         self._own.extend(tokens[begin : begin + _MAX_TOKENS_PER_CALL])
+        self._follow(tokens)
         suffix = tokens[-_MAX_MATCH:]
         best_length, best_place, best = 0, 0, self._own
         for index in (self._own, *self._pool.halves):
@@ -108,4 +116,20 @@ class SuffixDrafter:
                     best_length, best_place, best = length, place, index
             if best_length == _MAX_MATCH:
                 break
+        if best_length:
+            self._source, self._place, self._num_inserted = best, best_place, 0
+        elif self._num_inserted < _ORDER:
+            best, best_place, best_length = self._source, self._place, _ORDER
         return best.tokens[best_place : best_place + min(max_tokens, best_length)] if best_length else []
+
+    def _follow(self, tokens: Items[int]) -> None:
+        """Go on in the source: over a token that it has, or over one that was left out or replaced before it."""
+        source = self._source.tokens
+        for token in tokens[self._num_seen :] if self._num_inserted < _ORDER else ():
+            following = source[self._place : self._place + 2]
+            if token in following:
+                self._place += 1 + following.index(token)
+                self._num_inserted = 0
+            else:
+                self._num_inserted += 1
+        self._num_seen = len(tokens)
