@@ -185,9 +185,10 @@ def create_app(
         """Return mode, instances and targets, why they were chosen, and what else was predicted."""
         if running is None:
             raise HTTPException(404, _NO_PLAN)
-        document: dict[str, Any] = msgspec.to_builtins(running.plan)
+        stats = await client.stats(STATS_TIMEOUT_S)
+        document: dict[str, Any] = msgspec.to_builtins(running.update(stats))
         if running.plan.learnt_profile is not None:
-            document["learning"] = (await client.stats(STATS_TIMEOUT_S)).get("profile")
+            document["learning"] = stats.get("profile")
         return document
 
     @app.post("/v1/plan")

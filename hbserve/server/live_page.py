@@ -96,6 +96,8 @@ def install(
             return data
         try:
             data["stats"] = await client.stats(STATS_TIMEOUT_S, recent=True)
+            if running is not None:
+                data["server"]["mode"] = running.update(data["stats"]).mode
         except (EngineDeadError, SchedulerRestartingError) as error:
             data["error"] = str(error)
         return data

@@ -178,14 +178,34 @@ class RunningPlan:
         orders = orders_of(config, found, targets, candidates_of(len(self.plan.instances), targets), load)
         return (self._predict or PredictionProcess())(orders), found.is_measured
 
-    async def _roles(self) -> dict[str, InstanceRole]:
-        """Return the roles of the plan's instances that are ready, as they are now."""
-        instances = (await self._client.stats())["gpu_instances"]
+    def update(self, stats: dict[str, Any]) -> Plan:
+        """Bring roles and mode up to date, which other commands than those for a plan may have changed.
+
+        Args:
+            stats: the scheduler's, as `EngineClient.stats` returns them.
+        """
+        instances = self.plan.instances | {name: role.value for name, role in self._roles_in(stats).items()}
+        mode = self.plan.mode
+        if mode != "semi_pd":
+            mode = "disaggregated" if InstanceRole.PREFILL in instances.values() else "unified"
+        if (instances, mode) != (self.plan.instances, self.plan.mode):
+            self.plan = msgspec.structs.replace(self.plan, instances=instances, mode=mode)
+        return self.plan
+
+    def _roles_in(self, stats: dict[str, Any]) -> dict[str, InstanceRole]:
+        """Return the roles of the plan's instances that are ready."""
+        instances = stats["gpu_instances"]
         return {
             name: InstanceRole(instances[name]["role"])
             for name in self.plan.instances
             if instances.get(name, {}).get("status") == "ready"
         }
+
+    async def _roles(self) -> dict[str, InstanceRole]:
+        """Return the roles of the plan's instances that are ready, as they are now."""
+        stats = await self._client.stats()
+        self.update(stats)
+        return self._roles_in(stats)
 
     async def _system(self) -> str | None:
         """Return the present system by its name; None: it has none, or an instance is missing."""
@@ -205,12 +225,7 @@ class RunningPlan:
                     if role is not roles[name]:
                         await self._client.set_role(name, role, deadline_s)
             finally:
-                now = await self._roles()
-                self.plan = msgspec.structs.replace(
-                    self.plan,
-                    instances=self.plan.instances | {name: role.value for name, role in now.items()},
-                    mode="disaggregated" if InstanceRole.PREFILL in now.values() else "unified",
-                )
+                await self._roles()
             if before == system:
                 return
             change = PlanChange(

@@ -99,6 +99,9 @@ async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(
             assert not work.done()
             outputs = await asyncio.wait_for(work, DEADLINE_S)
             assert [output["token_ids"] for output in outputs] == expected
+            shown = (await http.get("/v1/plan")).json()
+            assert shown["instances"][instance_id] == role
+            assert shown["mode"] == ("disaggregated" if "prefill" in shown["instances"].values() else "unified")
 
         async def change_plan(system: str) -> str | None:
             answer = await http.post("/v1/plan", json={"system": system})
