@@ -18,7 +18,7 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -33,6 +33,7 @@ from hbserve.messages.admin import (
     GetStats,
     InstanceChanged,
     LoadEntry,
+    PrepareRoles,
     RecentLoad,
     RemoveInstance,
     SetRole,
@@ -57,6 +58,7 @@ from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.rpc.instance_line import RpcClient
 
 logger = logging.getLogger(__name__)
+_Unanswered = ReportEvent | RemoveInstance | PrepareRoles
 
 _OUTPUTS_PER_LOOK = 16
 """Outputs between two looks at the clock."""
@@ -112,7 +114,7 @@ class EngineClient:
         self._requests = OpenRequests()
         self._questions = Questions(lambda question: self._is_connected and self._line.send(question))
         self._query_ids = itertools.count(1)
-        self._unsent: deque[ReportEvent | RemoveInstance] = deque(maxlen=_MAX_UNSENT)
+        self._unsent: deque[_Unanswered] = deque(maxlen=_MAX_UNSENT)
         self._ready: asyncio.Future[Ready] | None = None
         self._ready_deadline = 0.0
         self._dead: errors.EngineDeadError | None = None
@@ -264,6 +266,10 @@ class EngineClient:
         query_id = next(self._query_ids)
         await self._change(SetRole(query_id=query_id, instance_id=instance_id, role=role, deadline_s=deadline_s))
 
+    def prepare_roles(self, roles: Mapping[str, InstanceRole]) -> None:
+        """Have the KV links opened that instances would need in these roles, so that a change to them stops no step."""
+        self._send_later(PrepareRoles(roles=dict(roles)))
+
     async def remove_instance(self, instance_id: str, deadline_s: float = 120.0) -> None:
         """Remove an instance; returns when its process has ended, or is about to.
 
@@ -299,7 +305,7 @@ class EngineClient:
         """Add an event of this process to the system's events; see `hbserve.messages.supervisor.ReportEvent`."""
         self._send_later(ReportEvent(kind=kind, subject=subject, text=text))
 
-    def _send_later(self, message: ReportEvent | RemoveInstance) -> None:
+    def _send_later(self, message: _Unanswered) -> None:
         """Send a message that is not answered, when there is a scheduler."""
         if not self._is_connected or not self._line.send(message):
             self._unsent.append(message)

@@ -69,6 +69,12 @@ class SetRole(Message, frozen=True):
     deadline_s: Seconds
 
 
+class PrepareRoles(Message, frozen=True):
+    """Open the KV links that instances would need in these roles, which they may get later; not answered."""
+
+    roles: dict[str, InstanceRole]
+
+
 class RemoveInstance(Message, frozen=True):
     """End an instance once it has no work left; answered by `InstanceChanged`. ``deadline_s``: after this time the
     instance goes on serving. ``has_ended``: an operator removed it while an earlier scheduler ran, and its process

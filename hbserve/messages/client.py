@@ -11,6 +11,7 @@ from hbserve.messages.admin import (
     GetStats,
     GetWindowMetrics,
     InstanceChanged,
+    PrepareRoles,
     RecentLoad,
     RemoveInstance,
     SetRole,
@@ -157,6 +158,7 @@ ClientMessage = (
     | GetWindowMetrics
     | GetLoad
     | SetRole
+    | PrepareRoles
     | RemoveInstance
     | Join
     | SetWorkers

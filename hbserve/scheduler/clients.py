@@ -11,6 +11,7 @@ from hbserve.messages.admin import (
     GetLoad,
     GetStats,
     GetWindowMetrics,
+    PrepareRoles,
     RecentLoad,
     RemoveInstance,
     SetRole,
@@ -151,6 +152,8 @@ class ClientMessages:
             self._outbox.reply(client, RecentLoad(query_id=message.query_id, entries=self._stats.load(message.seconds)))
         elif isinstance(message, SetRole):
             self._drains.set_role(client, message)
+        elif isinstance(message, PrepareRoles):
+            self._drains.prepare(message)
         elif isinstance(message, RemoveInstance):
             self._workers.remove(client, message)
         elif isinstance(message, Join):

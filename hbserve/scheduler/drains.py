@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hbserve.config import InstanceRole
-from hbserve.messages.admin import InstanceChanged, RemoveInstance, SetRole
+from hbserve.messages.admin import InstanceChanged, PrepareRoles, RemoveInstance, SetRole
 from hbserve.messages.worker import Shutdown
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
@@ -64,7 +64,6 @@ class Drains:
         self._clock = clock
         self._outbox = outbox
         self._drains: dict[str, _Drain] = {}
-        self._changed: list[InstanceHandle] = []  # they may have links that only what is under way needs
 
     def set_role(self, client: bytes, message: SetRole) -> None:
         """Begin a change of role, or tell the client why not."""
@@ -80,6 +79,11 @@ class Drains:
         at_once = instance.ready and instance.is_prepared_for(message.role)
         deadline = self._clock.now + message.deadline_s
         self._begin(instance, problem, _Drain((client, message.query_id), message.role, deadline, at_once=at_once))
+
+    def prepare(self, message: PrepareRoles) -> None:
+        """Open the links that roles would need, before a change: to connect two GPUs stops their steps for 0.1 s."""
+        roles = message.roles.items()
+        self._transfers.prepare({self._instances[name]: role for name, role in roles if name in self._instances})
 
     def remove(self, client: bytes, message: RemoveInstance) -> None:
         """Begin to remove an instance, or tell the client why not."""
@@ -158,12 +162,7 @@ class Drains:
         self._drains[instance.id] = drain
 
     def proceed(self) -> None:
-        """Continue the drains of instances that have nothing left, and give up those that are late.
-
-        Close the links that were needed only for what was under way when a role changed.
-        """
-        if self._changed and not self._drains:
-            self._changed = [each for each in self._changed if not self._transfers.disconnect_unneeded(each)]
+        """Continue the drains of instances that have nothing left, and give up those that are late."""
         for name, drain in list(self._drains.items()):
             instance = self._instances.get(name)
             if instance is None:
@@ -186,7 +185,9 @@ class Drains:
             self._end(instance.id, f"{instance.id} was lost")
         elif (problem := self._why_role_is_needed(instance, drain.role)) is not None:
             self._end(instance.id, problem)  # another one has changed since this was asked for
-        elif self._transfers.prepare(instance, drain.role, self._instances.values()):
+        elif self._transfers.prepare(
+            {other: other.role for other in self._instances.values()} | {instance: drain.role}
+        ):
             self._planner.plan_preparation(instance, drain.role)  # so that it names its role to a later scheduler
             self._change_role(instance, drain.role)
             self._end(instance.id, None)
@@ -212,7 +213,6 @@ class Drains:
         self._events.note("role", instance.id, f"{instance.role} to {role}")
         instance.change_role(role)
         self._transfers.connect(self._instances.values())
-        self._changed.append(instance)
         self._outbox.log(logging.INFO, f"{instance.id} is {role} now")
 
     def _end(self, name: str, error: str | None) -> None:

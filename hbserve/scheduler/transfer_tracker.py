@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -97,27 +97,18 @@ class TransferTracker:
                 if (source.id, target.id) not in self._links and _is_needed(source, target):
                     self._open_link(source, target)
 
-    def prepare(self, instance: InstanceHandle, role: InstanceRole, instances: Iterable[InstanceHandle]) -> bool:
-        """Open the links that an instance will need in another role; returns whether all of them are open."""
-        needed = []
-        for other in instances:
-            if other is not instance and other.ready:
-                needed += [(instance, other)] * _roles_need(role, other.role)
-                needed += [(other, instance)] * _roles_need(other.role, role)
+    def prepare(self, roles: Mapping[InstanceHandle, InstanceRole]) -> bool:
+        """Open the links that instances need in these roles; returns whether all of them are open.
+
+        A link that no role needs any more stays open: it costs nothing, and to close it would stop steps.
+        """
+        ready = [instance for instance in roles if instance.ready]
+        pairs = [(source, target) for source in ready for target in ready if source is not target]
+        needed = [(source, target) for source, target in pairs if _roles_need(roles[source], roles[target])]
         for source, target in needed:
             if (source.id, target.id) not in self._links:
                 self._open_link(source, target)
         return all(self.is_open(source.id, target.id) for source, target in needed)
-
-    def disconnect_unneeded(self, instance: InstanceHandle) -> bool:
-        """Close an instance's links that neither roles nor what is under way need; returns whether all others are
-        needed by roles."""
-        links = [link for link in self._links.values() if instance in (link.source, link.target)]
-        unneeded = [link for link in links if not _roles_need(link.source.role, link.target.role)]
-        for link in unneeded:
-            if not link.transfers and not _is_needed(link.source, link.target):
-                self._break(link)
-        return all(link.is_broken for link in unneeded)
 
     def disconnect(self, instance: InstanceHandle) -> None:
         """Close an instance's links, which must have no transfers."""

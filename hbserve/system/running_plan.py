@@ -113,6 +113,7 @@ class RunningPlan:
     async def watch(self) -> None:
         """Look at the load again and again; ends only by cancellation."""
         while True:
+            self.prepare()
             await asyncio.sleep(_INTERVAL_S)
             try:
                 await self.look(time.monotonic())
@@ -121,6 +122,12 @@ class RunningPlan:
             except Exception:  # a bug here must not end a system that serves
                 logger.exception("the load is not looked at any more")
                 return
+
+    def prepare(self) -> None:
+        """Have the links opened that the other systems need which `look` may choose; open ones stay as they are."""
+        roles = {name: InstanceRole(role) for name, role in self.plan.instances.items()}
+        for system in candidates_of(len(roles), self.plan.targets):
+            self._client.prepare_roles(roles_of(system, roles))
 
     async def look(self, now: float) -> None:
         """Judge the plan by the load of the last two minutes, and change it if another one is better, twice in a row.
