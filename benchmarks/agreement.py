@@ -1,18 +1,20 @@
 """The simulator beside measured runs: how far its attainment is from theirs, by kind of system.
 
-    python -m benchmarks agreement --azure azure.csv --mooncake mooncake.jsonl docs/results/compare_*.json
+    python -m benchmarks agreement --trace azure.csv --trace mooncake.jsonl docs/results/compare_*.json
 
 The files are those of ``python -m benchmarks compare``. Each of their runs is simulated again, by the rules that the
-scheduler has now, under the requests, targets, profile and KV of the run. Beside that stands what the simulator said
-when the run was measured.
+scheduler has now, under the requests, targets, profile and KV of the run. Of a run that was given up, only the requests
+that were answered count, on both sides: the others met no target because the run ended, not because of the system.
+
+`hbserve.system.auto_plan.PREDICTION_ERRORS` are the means that ``--json`` writes to docs/results/agreement.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from hbserve.config import SchedulerConfig
 from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.simulate.config import Sizes
 from hbserve.simulate.requests import requests_of
+from hbserve.simulate.standard_loads import standard_trace
 from hbserve.simulate.systems import Setting, System, simulate
 
 _VOCAB_SIZE = 32_000
@@ -30,43 +33,45 @@ _VOCAB_SIZE = 32_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--azure", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--mooncake", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--trace", type=Path, action="append", default=[], metavar="FILE", help="of the runs' loads")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write runs and distances to this file")
     parser.add_argument("runs", type=Path, nargs="+", metavar="FILE", help="of `python -m benchmarks compare`")
 
 
 def run(options: argparse.Namespace) -> None:
     """Simulate every run; print it, then the mean distances."""
-    traces = {"azure": load_trace(options.azure), "mooncake": load_trace(options.mooncake)}
-    distances: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    print(f"{'system':22} {'load':9} {'req/s':>6} {'measured':>8} {'then':>6} {'now':>6}")
+    traces = {path.stem: load_trace(path) for path in options.trace}
+    rows: list[dict[str, Any]] = []
+    print(f"{'system':22} {'load':9} {'req/s':>6} {'requests':>8} {'measured':>8} {'simulated':>9}")
     for path in options.runs:
         document = json.loads(path.read_text(encoding="utf-8"))
         for result in document["results"]:
             system, load = System.parse(result["system"]), result["load"]
             setting = _setting(document["options"], result)
             for measured in result.get("runs", ()):
-                summary = measured["summary"]
-                now = _simulate(system, setting, document["options"], traces[load], summary)
-                found, then = summary["attainment"], measured["simulated"]["attainment"]
-                print(
-                    f"{system.name:22} {load:9} {summary['rate']:6.2f} {found:8.3f} {then:6.3f} {now:6.3f}", flush=True
-                )
-                distances[_kind(system)].append((abs(then - found), abs(now - found)))
-    distances["all"] = [pair for pairs in distances.values() for pair in pairs]
-    print("\nmean distance of the attainment from the measured one, in points")
-    print(f"{'':16} {'runs':>4} {'then':>6} {'now':>6}")
-    for kind, pairs in distances.items():
-        then, now = (100 * sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-        print(f"{kind:16} {len(pairs):4} {then:6.1f} {now:6.1f}")
+                trace = traces[load] if load in traces else standard_trace(load)
+                row = _row(system, setting, document["options"], trace, measured)
+                rows.append({"file": path.name, "kind": _kind(system), "system": system.name, "load": load, **row})
+                print("{:22} {:9} {:6.2f} {:8} {:8.3f} {:9.3f}".format(*list(rows[-1].values())[2:]), flush=True)
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    distances = {kind: _mean_distance([row for row in rows if row["kind"] == kind]) for kind in kinds}
+    print("\nmean distance of the simulated attainment from the measured one, in points")
+    for kind, distance in (distances | {"all": _mean_distance(rows)}).items():
+        print(f"{kind:20} {sum(row['kind'] == kind for row in rows) or len(rows):4} runs {100 * distance:6.1f}")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"distances": distances, "runs": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _mean_distance(rows: list[dict[str, Any]]) -> float:
+    distances = [abs(float(row["simulated"]) - float(row["measured"])) for row in rows]
+    return round(sum(distances) / len(distances), 4)
 
 
 def _kind(system: System) -> str:
-    if system.form == "disaggregated":
-        return f"{system.num_prefill}P{system.num_decode}D"
-    if system.form == "semi_pd" and system.replicas > 1:
-        return "two GPUs, mixed"
-    return {"unified": "unified", "slo": "controller"}.get(system.form, "fixed split")
+    """Return the key of a system in ``PREDICTION_ERRORS``, or what else it is."""
+    if system.form in ("semi_pd", "no_ladder"):
+        return "fixed split" if system.replicas == 1 else "mixed replicas"
+    return system.form
 
 
 def _setting(options: dict[str, str], result: dict[str, Any]) -> Setting:
@@ -77,7 +82,7 @@ def _setting(options: dict[str, str], result: dict[str, Any]) -> Setting:
         chunk_size=_optional_int(options.get("chunk_size")),
         max_chunk_prefill_tokens=_optional_int(given.get("max_chunk_prefill_tokens")),
         kv_tokens=result["kv_tokens"],
-        scheduler=SchedulerConfig(policy=given["scheduling_policy"]),
+        scheduler=SchedulerConfig(policy=given.get("scheduling_policy", SchedulerConfig().policy)),
     )
     targets = RequestTargets(result["targets"]["ttft_ms"], result["targets"]["tpot_ms"])
     return Setting(steps, steps, sizes, targets, float(options["attainment"]))
@@ -87,9 +92,11 @@ def _optional_int(value: object) -> int | None:
     return None if value is None else int(str(value))
 
 
-def _simulate(
-    system: System, setting: Setting, options: dict[str, str], trace: list[TraceEntry], summary: dict[str, Any]
-) -> float:
+def _row(
+    system: System, setting: Setting, options: dict[str, str], trace: list[TraceEntry], measured: dict[str, Any]
+) -> dict[str, Any]:
+    """Simulate the requests of a run, and compare."""
+    summary = measured["summary"]
     source = WorkloadSource(
         trace=trace,
         arrivals="trace",
@@ -99,4 +106,15 @@ def _simulate(
         vocab_size=_VOCAB_SIZE,
     )
     requests = requests_of(source.workload(summary["rate"], summary["seed"]))
-    return simulate(system, setting, requests).attainment
+    simulate(system, setting, requests)
+    counted = [True] * len(requests)
+    if summary["cut_short"]:
+        answered = {request["index"] for request in measured["requests"] if request["error"] is None}
+        counted = [index in answered for index in range(len(requests))]
+    num_met = sum(itertools.compress(map(setting.is_met, requests), counted))
+    return {
+        "rate": summary["rate"],
+        "requests": sum(counted),
+        "measured": round(summary["num_met"] / sum(counted), 4),
+        "simulated": round(num_met / sum(counted), 4),
+    }

@@ -48,6 +48,8 @@ from hbserve.simulate.standard_loads import LOADS, standard_trace
 from hbserve.simulate.systems import Setting, SimulatedOutcome, System, find_highest_rate, simulate
 
 _FACTOR = 1.15  # between the rates of a search that begins near its end
+_SETTLE_S = 2.5
+"""Time in which an idle instance captures its CUDA graphs, which one that serves for longer has."""
 _GIVE_UP = 0.1  # a run this far below the attainment asked for is given up
 _HEADER = (
     f"{'system':18} {'load':12} {'req/s':>7} {'met':>6} | {'TTFT p50':>8} {'p90':>7} {'p99':>7} | "
@@ -224,6 +226,7 @@ class Comparison:
             start_s = time.monotonic() - started
             described = await target.describe()
             print(f"\n{system.name}: ready after {start_s:.1f} s", flush=True)
+            await asyncio.sleep(_SETTLE_S)
             pools = [instance["kv_blocks"] for instance in described["stats"]["gpu_instances"].values()]
             kv_tokens = min(pool["total"] * pool["block_size"] for pool in pools)
             for number, load in enumerate(loads):

@@ -27,6 +27,7 @@ from hbserve.system.auto_plan import choose
 _SETTLE_S = 1.0
 _TAIL_S = 1.5
 """Time after a change in which gaps still count as the change's."""
+_LONG_GAP_S = 0.02
 _PERIOD_S = 3.2
 """Time between two requests while a profile is learnt: the system is idle for most of it."""
 _TIME_AFTER_S = 8.0
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt that arrives; 0: none do")
     parser.add_argument("--interval", type=float, default=0.3, metavar="S", help="time between two such prompts")
     parser.add_argument("--rounds", type=int, default=3, help="changes there and back")
+    parser.add_argument("--log-level", default="WARNING", help="changes: of the log on standard error")
     parser.add_argument("--quantization", help="learning: fp8")
     parser.add_argument("--seconds", type=float, default=120.0, help="learning: how long at most")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -66,13 +68,13 @@ async def _changes(given: argparse.Namespace) -> dict[str, Any]:
     ]
     config = PdDisaggConfig.from_arguments(
         str(folder),
-        mode="unified",
+        mode="auto",
         device=given.device,
         load_format=default_load_format(folder),
         num_blocks=given.num_blocks,
         max_model_len=4096,
         kv_transfer_backend=given.backend,
-        log_level="WARNING",
+        log_level=given.log_level,
         gpu_instances=instances,
     )
     rows: list[dict[str, Any]] = []
@@ -125,7 +127,12 @@ def _note(rows: list[dict[str, Any]], name: str, took: float, load: StreamLoad, 
         "second_token_max_ms": round(window.starting.largest, 2),
     }
     rows.append(row)
+    wall_s = time.time() - time.monotonic()
+    gaps = load.long_gaps(began, time.monotonic(), _LONG_GAP_S)
+    row["long_gaps"] = long_gaps = [(round(wall_s + at, 3), round(1000 * s, 1), count) for at, s, count in gaps]
     print("{:<26}{:>9}{:>10}{:>9}{:>8}{:>8}{:>15}".format(*row.values()), flush=True)
+    for at, ms, count in long_gaps:
+        print(f"    {time.strftime('%H:%M:%S', time.gmtime(at))}.{at % 1 * 1000:03.0f}Z {ms:.1f} ms, {count} streams")
 
 
 async def _learning(given: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from bisect import bisect_left, bisect_right
@@ -166,6 +167,28 @@ class StreamLoad:
                     else:
                         starting.append(waiting)
         return StreamWindow(count / (ended - started), _gaps(np.concatenate(running)), _gaps(np.array(starting)))
+
+    def long_gaps(self, started: float, ended: float, min_s: float) -> list[tuple[float, float, int]]:
+        """Return the gaps of at least ``min_s`` that end between two times.
+
+        Returns:
+            For each moment: when the longest of its gaps began, its seconds, and how many streams had one.
+        """
+        found: list[tuple[float, float, int]] = []
+        for requests in self.token_times.values():
+            for times in requests:
+                for before, after in itertools.pairwise(times[max(0, bisect_left(times, started) - 1) :]):
+                    if after <= ended and after - before >= min_s:
+                        found.append((before, after - before, 1))
+        moments: list[tuple[float, float, int]] = []
+        for began, seconds, _ in sorted(found):
+            if moments and began < moments[-1][0] + moments[-1][1]:
+                last = moments.pop()
+                began, seconds = max(last[:2], (began, seconds), key=lambda gap: gap[1])
+                moments.append((began, seconds, last[2] + 1))
+            else:
+                moments.append((began, seconds, 1))
+        return moments
 
     async def until_all_have_tokens(self, since: float, timeout_s: float) -> float:
         """Wait until every stream has got a token after ``since``; return the seconds until the last one had it.
