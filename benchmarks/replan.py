@@ -28,7 +28,7 @@ _SETTLE_S = 1.0
 _TAIL_S = 1.5
 """Time after a change in which gaps still count as the change's."""
 _LONG_GAP_S = 0.02
-_PERIOD_S = 3.2
+_PERIOD_S = 2.2
 """Time between two requests while a profile is learnt: the system is idle for most of it."""
 _TIME_AFTER_S = 8.0
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt that arrives; 0: none do")
     parser.add_argument("--interval", type=float, default=0.3, metavar="S", help="time between two such prompts")
     parser.add_argument("--rounds", type=int, default=3, help="changes there and back")
-    parser.add_argument("--log-level", default="WARNING", help="changes: of the log on standard error")
+    parser.add_argument("--log-level", default="WARNING", help="of the log on standard error")
     parser.add_argument("--quantization", help="learning: fp8")
     parser.add_argument("--seconds", type=float, default=120.0, help="learning: how long at most")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -132,7 +132,11 @@ def _note(rows: list[dict[str, Any]], name: str, took: float, load: StreamLoad, 
     row["long_gaps"] = long_gaps = [(round(wall_s + at, 3), round(1000 * s, 1), count) for at, s, count in gaps]
     print("{:<26}{:>9}{:>10}{:>9}{:>8}{:>8}{:>15}".format(*row.values()), flush=True)
     for at, ms, count in long_gaps:
-        print(f"    {time.strftime('%H:%M:%S', time.gmtime(at))}.{at % 1 * 1000:03.0f}Z {ms:.1f} ms, {count} streams")
+        print(f"    {_clock(at)} {ms:.1f} ms, {count} streams")
+
+
+def _clock(at: float) -> str:
+    return f"{time.strftime('%H:%M:%S', time.gmtime(at))}.{at % 1 * 1000:03.0f}Z"
 
 
 async def _learning(given: argparse.Namespace) -> dict[str, Any]:
@@ -143,7 +147,7 @@ async def _learning(given: argparse.Namespace) -> dict[str, Any]:
         device=given.device,
         load_format=default_load_format(folder),
         quantization=given.quantization,
-        log_level="WARNING",
+        log_level=given.log_level,
     )
     rng = random.Random(1)
     llm = DisaggregatedLLM(config)
@@ -190,5 +194,7 @@ async def _ask_until(llm: DisaggregatedLLM, rng: random.Random, is_done: Any, ti
         asked = time.monotonic()
         async for _ in llm.stream(prompt, sampling):
             times.append(1000 * (time.monotonic() - asked))
+            if times[-1] > 1000 * _LONG_GAP_S:
+                print(f"    {_clock(time.time())} {times[-1]:.1f} ms to a first token")
             break
     return times
