@@ -19,7 +19,7 @@ class PredictionOrders(Value, frozen=True):
         num_requests: of each load.
         load: requests to simulate in place of the standard loads; empty: simulate these.
         ttft_ms, ttft_ms_per_1k_tokens: TTFT target of a request, by the length of its prompt; ``tpot_ms``: its TPOT
-            target.
+            target. ``targets_are_soft``: see `hbserve.config.SchedulerConfig`; for a given load only.
     """
 
     profile: dict[str, Any]
@@ -30,6 +30,7 @@ class PredictionOrders(Value, frozen=True):
     tpot_ms: float
     max_num_seqs: int
     load: list[LoadEntry] = msgspec.field(default_factory=list)
+    targets_are_soft: bool = False
 
 
 class CandidatePrediction(Value, frozen=True):

@@ -5,12 +5,14 @@ Runs as a process of its own, beside the start of a system (`hbserve.system.auto
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import msgspec
 
 from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.traces import BLOCK_TOKENS
+from hbserve.config import SchedulerConfig
 from hbserve.messages.admin import LoadEntry
 from hbserve.messages.prediction import CandidatePrediction, PredictionOrders
 from hbserve.policy.profile_file import profiled_predictor
@@ -42,10 +44,21 @@ def predict(orders: PredictionOrders) -> list[CandidatePrediction]:
 
 
 def _predict_given(system: System, orders: PredictionOrders, steps: StepTimePredictor) -> CandidatePrediction:
-    """Simulate a system under the given load. Targets are those of a prompt of mean length."""
+    """Simulate a system under the given load, each request with its own target, as the running system treats it."""
     prompt_tokens = sum(entry.prompt_tokens for entry in orders.load) / len(orders.load)
     setting = _setting(orders, steps, prompt_tokens)
-    outcome = simulate(system, setting, [_request(entry, number) for number, entry in enumerate(orders.load)])
+    if orders.targets_are_soft:
+        scheduler = SchedulerConfig(
+            ttft_ms=orders.ttft_ms,
+            ttft_ms_per_1k_tokens=orders.ttft_ms_per_1k_tokens,
+            tpot_ms=orders.tpot_ms,
+            targets_are_soft=True,
+        )
+        setting = dataclasses.replace(setting, sizes=dataclasses.replace(setting.sizes, scheduler=scheduler))
+    requests = [_request(entry, number) for number, entry in enumerate(orders.load)]
+    for request in requests:
+        request.ttft_target_ms = orders.ttft_ms + orders.ttft_ms_per_1k_tokens * request.prompt_tokens / 1000
+    outcome = simulate(system, setting, requests)
     return CandidatePrediction(
         system=system.name, attainment={GIVEN: round(outcome.attainment, 4)}, bound={GIVEN: round(outcome.bound, 4)}
     )

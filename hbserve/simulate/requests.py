@@ -23,6 +23,7 @@ class SimulatedRequest:
         cached_tokens: prompt tokens that the prefix cache had at admission.
         num_preemptions: how often it gave its place to an older one.
         is_batch: it is best-effort.
+        ttft_target_ms: its own target; None: that of all requests.
     """
 
     arrival: float
@@ -33,6 +34,7 @@ class SimulatedRequest:
     cached_tokens: int = 0
     num_preemptions: int = 0
     is_batch: bool = False
+    ttft_target_ms: float | None = None
     first_token_time: float | None = None
     completion_time: float | None = None
 

@@ -127,7 +127,8 @@ class Setting:
     def is_met(self, request: SimulatedRequest) -> bool:
         """Whether a request has ended and kept both targets."""
         slo = self.constraints
-        return request.ttft_ms <= slo.ttft_target_ms and request.tpot_ms <= slo.tpot_target_ms
+        ttft_target_ms = slo.ttft_target_ms if request.ttft_target_ms is None else request.ttft_target_ms
+        return request.ttft_ms <= ttft_target_ms and request.tpot_ms <= slo.tpot_target_ms
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,9 @@ def simulate(
             f"the longest request has {longest} tokens, prompt and output; a KV pool holds {setting.sizes.kv_tokens}. "
             "Cut with --max-input-len, or raise --kv-tokens"
         )
-    best_ends = serve_best(requests, setting.steps, setting.constraints.ttft_target_ms, system.num_gpus)
+    # One target for all, which the bound's algorithm needs: the longest, so that no schedule exceeds it.
+    longest_ms = max(request.ttft_target_ms or setting.constraints.ttft_target_ms for request in requests)
+    best_ends = serve_best(requests, setting.steps, longest_ms, system.num_gpus)
     misses, num_moves, loaded_bytes, stored_bytes = None, 0, 0, 0
     if system.form == "oracle":
         for request, end in zip(requests, best_ends, strict=True):
@@ -265,12 +268,13 @@ def build(
             max_num_batched_tokens=max(sizes.max_num_batched_tokens, system.chunk + sizes.max_num_seqs),
         )
     config = make_config(system.roles, sizes, _semi_pd(system, slo), shares_prefixes)
+    is_told = not sizes.scheduler.targets_are_soft
     world = SimulatedSystem(
         config,
         setting.steps,
         sizes.num_blocks,
-        slo.ttft_target_ms,
-        tpot_ms,
+        slo.ttft_target_ms if is_told else None,
+        tpot_ms if is_told else None,
         num_host_blocks=sizes.num_host_blocks,
         acceptance=sizes.acceptance,
     )

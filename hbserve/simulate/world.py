@@ -214,6 +214,8 @@ class SimulatedSystem:
         request_id = str(self._num_requests)
         self._open[request_id] = request
         ttft_ms, tpot_ms = (None, None) if request.is_batch else self._targets
+        if ttft_ms is not None and request.ttft_target_ms is not None:
+            ttft_ms = request.ttft_target_ms
         sampling = SamplingParams(
             temperature=0,
             max_tokens=request.output_tokens,

@@ -277,6 +277,7 @@ def orders_of(
         tpot_ms=targets.tpot_ms or machine.tpot_ms or 0.0,
         max_num_seqs=config.performance.max_num_seqs,
         load=load or [],
+        targets_are_soft=config.scheduler.targets_are_soft,
     )
 
 

@@ -57,7 +57,8 @@ def test_only_a_changed_load_is_judged_again() -> None:
     assert LoadSummary.of(few_cached).is_like(LoadSummary.of(fewer_cached))
 
 
-def test_the_simulator_predicts_for_the_load_that_there_was() -> None:
+@pytest.mark.parametrize("targets_are_soft", [False, True])
+def test_the_simulator_predicts_for_the_load_that_there_was(targets_are_soft: bool) -> None:
     orders = PredictionOrders(
         profile=msgspec.to_builtins(load_profile(None)),
         candidates=["unified*2", "1p1d"],
@@ -67,7 +68,13 @@ def test_the_simulator_predicts_for_the_load_that_there_was() -> None:
         tpot_ms=43.0,
         max_num_seqs=256,
         load=[LoadEntry(0.2 * number, 1500, 1024 * (number % 2), 4) for number in range(20)],
+        targets_are_soft=targets_are_soft,
     )
     for found in predict(orders):
         assert set(found.attainment) == {"recent"}
         assert 0.5 < found.attainment["recent"] <= found.bound["recent"]
+    # Each request has the target of its own length: a long prompt among short ones keeps its own, and not their mean's.
+    lengths = [300, 300, 300, 6000] * 5
+    load = [LoadEntry(2.0 * number, tokens, 0, 4) for number, tokens in enumerate(lengths)]
+    for found in predict(msgspec.structs.replace(orders, load=load, ttft_ms=30.0, ttft_ms_per_1k_tokens=60.0)):
+        assert found.attainment["recent"] == 1.0
