@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 from hbserve.config import InstanceRole
-from hbserve.messages.admin import RemoveInstance, SetRole
+from hbserve.messages.admin import PrepareRoles, RemoveInstance, SetRole
 from hbserve.messages.client import AbortRequest, ClientMessage, SchedulerReply, SubscribeReady
 from hbserve.messages.membership import Join
 from hbserve.messages.supervisor import Predecessor, SetWorkers
@@ -28,7 +28,7 @@ _DEADLINE_S = 200.0
 """Simulated time after the last fault by which every request must have ended."""
 _STEPS_PER_CHECK = 8
 _MAX_JOINERS = 3
-_REPEATABLE = AbortRequest, SubscribeReady, SetWorkers, SetRole, RemoveInstance, Join
+_REPEATABLE = AbortRequest, SubscribeReady, SetWorkers, SetRole, PrepareRoles, RemoveInstance, Join
 """Messages that mean the same if they come twice."""
 _ROLES = InstanceRole.PREFILL, InstanceRole.DECODE
 _PLAIN_ROLES = (*_ROLES, InstanceRole.UNIFIED)
@@ -292,6 +292,9 @@ class World:
             case "set_role":
                 launcher = self.launchers[number % len(self.launchers)]
                 role = _PLAIN_ROLES[number % len(_PLAIN_ROLES)]
+                if number % 2:
+                    roles = {other.instance_id: _ROLES[place % 2] for place, other in enumerate(self.launchers, number)}
+                    self.from_client(b"operator", self.scheduler.number, PrepareRoles(roles=roles))
                 message = SetRole(
                     query_id=number, instance_id=launcher.instance_id, role=role, deadline_s=max(1.0, fault.lasts_s)
                 )
