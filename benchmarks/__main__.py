@@ -17,6 +17,7 @@ _EXPERIMENTS = {
     "front": "what HTTP, tokenizing and detokenizing cost, with an engine that costs nothing",
     "isolation": "what large, slow and malformed requests of one client do to the streams of others",
     "auto": "mode auto on a simulated GPU beside hand-tuned workers, static splits and the bound",
+    "attainment": "requests within targets by rate, simulated and measured, as a picture",
     "compare": "the highest rates of several systems, beside the simulator's",
     "best_effort": "best-effort requests beside others: what they cost these, and what they get",
     "agreement": "how far the simulator is from runs that were measured",

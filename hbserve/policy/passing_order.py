@@ -1,11 +1,11 @@
 """The order of prompts where targets are a guess: short ones pass long ones where the long ones do not lose by it.
 
 Runs in the scheduler's process, and on the simulator's clock. First come, first served has the shortest longest wait of
-all orders, but in it short prompts wait behind long ones. So each prompt has a deadline: the time at which first come,
-first served would have ended it or, if that is later, `_TAIL_SHARE` of the wait that only a tenth of the recent prompts
-would have exceeded in that order. First come, first served keeps all these deadlines. Of the orders that keep them, the
-one with the shortest mean wait is computed (W. E. Smith, Naval Research Logistics Quarterly 3, 1956): of the prompts
-that may come last, the longest does, and so on from the end.
+all orders, but in it short prompts wait behind long ones. So each prompt has a deadline: nearly the time at which first
+come, first served would have ended it or, if that is later, `_TAIL_SHARE` of the wait that only a tenth of the recent
+prompts would have exceeded in that order. Of the orders that keep all deadlines, the one with the shortest mean wait is
+computed (W. E. Smith, Naval Research Logistics Quarterly 3, 1956): of the prompts that may come last, the longest does,
+and so on from the end. If no prompt may, the one with the latest deadline comes last.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from typing import Generic, TypeVar
 _NUM_RECENT = 256
 _TAIL = 0.9
 _TAIL_SHARE = 0.75
-"""Below 1, because the recent prompts may be of a busy time: who comes later must not wait as long."""
+"""Below 1, because the recent prompts may be of a busy time: one that comes later must not wait as long."""
+_FIRST_COME_SHARE = 0.9
+"""Below 1, because prompts that passed decode sooner, and make the steps of the others longer."""
 
 _Item = TypeVar("_Item")
 
 
 class PassingOrder(Generic[_Item]):
-    """Order of prompts that keeps the deadlines which first come, first served would keep."""
+    """Order of prompts: the shortest mean wait at which none is later than its deadline, if there is such an order."""
 
     def __init__(self) -> None:
         self._deadlines: dict[_Item, float] = {}
@@ -46,7 +48,6 @@ class PassingOrder(Generic[_Item]):
         may_be_last: list[tuple[float, int]] = []  # a heap, the longest first, of these the one that came last
         backwards: list[_Item] = []
         while len(backwards) < len(prompts):
-            # If no deadline is late enough, predictions were wrong: the latest one goes last.
             while by_deadline and (not may_be_last or deadlines[by_deadline[-1]] >= end):
                 index = by_deadline.pop()
                 heapq.heappush(may_be_last, (-prompts[index][2], -index))
@@ -60,4 +61,4 @@ class PassingOrder(Generic[_Item]):
         """Return the deadline of a prompt that first come, first served would end at ``end``."""
         self._recent_s.append(end - arrival_time)
         tail_s = sorted(self._recent_s)[int(_TAIL * len(self._recent_s))]
-        return max(end, arrival_time + _TAIL_SHARE * tail_s)
+        return arrival_time + max(_FIRST_COME_SHARE * (end - arrival_time), _TAIL_SHARE * tail_s)
