@@ -45,6 +45,7 @@ class InstanceHandle:
         choice: decides which worker computes next.
         plan_at: when the next steps of its workers are looked at, see `wake` and `wake_at`.
         number: its place in the order of all instances; 0: it is none of the system's.
+        has_eagle_head: its workers' drafts are those of an EAGLE-3 head, as far as they have introduced themselves.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class InstanceHandle:
         self.why_lost = "has not started yet"
         self.given_up: str | None = None
         self.num_restarts = -1
+        self.has_eagle_head = False
         self._work_of_ended = Work()
         self._performance = config.performance
         self.plan_at = -math.inf
@@ -151,11 +153,6 @@ class InstanceHandle:
         return next((worker.hello for worker in self.workers.values() if worker.hello is not None), None)
 
     @property
-    def has_eagle_head(self) -> bool:
-        """Whether its workers' drafts are those of an EAGLE-3 head."""
-        return (hello := self.hello) is not None and hello.has_eagle_head
-
-    @property
     def num_steps_in_flight(self) -> int:
         """Over all workers."""
         return sum(len(worker.inflight) for worker in self.workers.values())
@@ -171,6 +168,7 @@ class InstanceHandle:
     def register(self, worker: WorkerHandle, hello: Hello) -> None:
         """Take in a worker that has introduced itself; new memory means a new, empty pool."""
         worker.hello = hello
+        self.has_eagle_head = hello.has_eagle_head
         worker.is_introduced = False
         worker.cell = None if worker.owns_memory or worker.role is InstanceRole.UNIFIED else self._free_cell(worker)
         worker.has_waited_for = 0

@@ -143,7 +143,7 @@ class RequestLifecycle:
     def add(self, sequence: Sequence) -> None:
         """Have a new request wait."""
         self._sequences[sequence.client, sequence.id] = sequence
-        has_eagle_head = any(instance.has_eagle_head for instance in self._instances.ready)
+        has_eagle_head = any(instance.has_eagle_head for instance in self._instances.values())
         sequence.speculator = self._speculation.begin(sequence.request, has_eagle_head)
         if not self.waiting:
             self._queue.on_first_waiting(self._clock.now)

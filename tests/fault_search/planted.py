@@ -373,6 +373,22 @@ def a_shared_block_counts_as_read_by_the_draft_model(patch: Patch) -> None:
 
 
 @_plant
+def a_head_reads_guesses_with_hidden_states_of_its_own(patch: Patch) -> None:
+    def on_draft(self: RequestLifecycle, sequence: Sequence, allocation: KVAllocation, *others: Any) -> int:
+        number = original(self, sequence, allocation, *others)
+        allocation.num_read = max(allocation.num_read, allocation.num_planned - 1)
+        return number
+
+    original = RequestLifecycle._on_draft
+    patch.setattr(RequestLifecycle, "_on_draft", on_draft)
+
+
+@_plant
+def hidden_states_are_taken_to_come_with_kv(patch: Patch) -> None:
+    patch.setattr(KVAllocation, "note_foreign", lambda self, first, end: None)
+
+
+@_plant
 def a_draft_takes_the_blocks_of_others(patch: Patch) -> None:
     def room(self: StepPlanner, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
         room = original(self, instance, allocation, num_drafts)
@@ -512,4 +528,6 @@ FOUND_BY = {
     "a_draft_takes_the_blocks_of_others": 40,
     "a_guess_that_the_draft_model_has_not_read_counts_as_read": 3,
     "a_shared_block_counts_as_read_by_the_draft_model": 4,
+    "a_head_reads_guesses_with_hidden_states_of_its_own": 71,
+    "hidden_states_are_taken_to_come_with_kv": 13,
 }

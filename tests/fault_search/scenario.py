@@ -102,6 +102,7 @@ class Scenario:
         prefill_ranks, decode_ranks: ranks of an instance that starts in this role; each holds a part of the heads.
         repeats: messages that may come twice sometimes do, and blocks are sometimes written twice.
         has_draft_model: workers have a draft model, which is right with a probability of 0.8.
+        has_eagle_head: workers have an EAGLE-3 head, which is right as often.
     """
 
     seed: int
@@ -130,6 +131,7 @@ class Scenario:
     num_slots: int = 0
     has_store: bool = False
     has_draft_model: bool = False
+    has_eagle_head: bool = False
 
     def config(self) -> Config:
         """The configuration that the scheduler gets."""
@@ -147,7 +149,7 @@ class Scenario:
             self.local_prefill_tokens,
             self.has_throttle,
             self.layer_group_bytes,
-            self.has_draft_model,
+            self.has_draft_model or self.has_eagle_head,
         )
 
 
@@ -305,6 +307,7 @@ def draw(seed: int) -> Scenario:
         has_throttle=rng.random() < 0.5,
         layer_group_bytes=parts.choice((0, BLOCK_BYTES, 2 * BLOCK_BYTES)),
         has_draft_model=has_draft_model,
+        has_eagle_head=not has_draft_model and random.Random(f"{seed} head").random() < 0.25,
         prefill_ranks=parts.choice((1, 1, 2)),
         decode_ranks=parts.choice((1, 1, 2)),
         repeats=parts.random() < 0.3,

@@ -54,6 +54,7 @@ class _Slot:
     end_token_ids: list[int]
     min_end_position: int
     history: list[int] | None
+    draft_start: int
     last_token: int | None = None
 
 
@@ -207,6 +208,7 @@ class Worker(Process):
                 device="cpu",
                 peers=self.peers(),
                 one_sided=scenario.one_sided,
+                has_eagle_head=scenario.has_eagle_head,
                 tiers=self.copies.infos,
             )
         )
@@ -279,7 +281,12 @@ class Worker(Process):
             for state in plan.new_sequences:
                 history = None if state.history is None else list(state.history)
                 self._slots[state.slot] = _Slot(
-                    list(state.block_ids), state.sampling, state.end_token_ids, state.min_end_position, history
+                    list(state.block_ids),
+                    state.sampling,
+                    state.end_token_ids,
+                    state.min_end_position,
+                    history,
+                    state.draft_start,
                 )
         draft_ids: list[int] = []
         token_ids = [token for row in plan.rows for token in self._compute_row(row, draft_ids)]
@@ -310,7 +317,7 @@ class Worker(Process):
         slot.table += row.new_block_ids
         tokens = row.token_ids
         for position, token in enumerate(row.unread or (), row.unread_start):
-            self.arena.feed_draft(slot.table, position, token)
+            self._feed(slot, position, token)
         if row.num_to_draft:
             tokens = self._drafted(row, slot)
             draft_ids += tokens[-row.num_to_draft :]
@@ -319,7 +326,9 @@ class Worker(Process):
             tokens = [0 if last is None else last]
         for position, token in enumerate(tokens, row.start):
             before = self.arena.read(slot.table, position - 1) if position else NOTHING
-            self.arena.write(slot.table[position // BLOCK_SIZE], position % BLOCK_SIZE, kv_of(before, token))
+            block, offset, contents = slot.table[position // BLOCK_SIZE], position % BLOCK_SIZE, kv_of(before, token)
+            self.arena.write(block, offset, contents)
+            self.arena.features[block][offset] = contents
         if not row.sample:
             return []
         if slot.sampling.grammar is not None and self.world.rng.random() < 0.25:
@@ -345,16 +354,43 @@ class Worker(Process):
             slot.history += [token for token in accepted_tokens(drafts, sampled) if token != NO_TOKEN]
         return sampled
 
+    def _feed(self, slot: _Slot, position: int, token: int) -> None:
+        """Have the draft model or head read a known token."""
+        if not self.world.scenario.has_eagle_head:
+            self.arena.feed_draft(slot.table, position, token)
+        elif position > slot.draft_start and not self.arena.feed_head(slot.table, position, token):
+            raise self.world.fault(f"{self.name}: the hidden states of position {position - 1} are not here")
+
+    def _check_read(self, row: PlanRow, slot: _Slot) -> None:
+        """Check that the draft model or head has read all before a row that it guesses for."""
+        arena = self.arena
+        if self.world.scenario.has_eagle_head:
+            is_read = row.start > slot.draft_start and arena.head_has_read(slot.table, slot.draft_start, row.start)
+        else:
+            last = row.start - 1
+            is_read = last < 0 or arena.read_draft(slot.table, last) == arena.read(slot.table, last)
+        if not is_read:
+            raise self.world.fault(f"{self.name}: the draft model has not read the tokens before {row.start}")
+
+    def _guess(self, slot: _Slot, position: int, token: int) -> None:
+        """Have the draft model read a guess; the head reads it with a hidden state of its own."""
+        if self.world.scenario.has_eagle_head:
+            block, offset = slot.table[(position - 1) // BLOCK_SIZE], (position - 1) % BLOCK_SIZE
+            self.arena.heads[block][offset] = (NOTHING, token)
+        else:
+            self.arena.feed_draft(slot.table, position, token)
+
     def _drafted(self, row: PlanRow, slot: _Slot) -> list[int]:
         """Return the row's tokens with the draft model's guesses, some of them right."""
         arena, rng = self.arena, self.world.rng
         assert row.token_ids is not None
         tokens = row.token_ids[: row.num_tokens - row.num_drafts]
-        if row.start and arena.read_draft(slot.table, row.start - 1) != arena.read(slot.table, row.start - 1):
-            raise self.world.fault(f"{self.name}: the draft model has not read the tokens before {row.start}")
+        self._check_read(row, slot)
+        self._feed(slot, row.start, tokens[0])
         contents = [arena.read(slot.table, position) for position in range(row.start)]
         for number in range(row.num_drafts + 1):
-            arena.feed_draft(slot.table, row.start + number, tokens[number])
+            if number:
+                self._guess(slot, row.start + number, tokens[number])
             contents.append(kv_of(contents[-1] if contents else NOTHING, tokens[number]))
             if number == row.num_drafts - 1:
                 return [*tokens, next_token(contents, slot.sampling.seed or 0, slot.history, ())]
