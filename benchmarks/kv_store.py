@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and write the JSON file."""
     most = max(arguments.blocks)
     rows = []
-    with _store(4 * most * arguments.block_bytes) as master:
+    with running_store(4 * most * arguments.block_bytes) as master:
         instances = [_Instance(master, arguments.block_bytes, most) for _ in range(2)]
         try:
             for count in arguments.blocks:
@@ -75,7 +75,7 @@ def _measure(instances: list[_Instance], count: int, block_bytes: int, repeats: 
 
 
 @contextlib.contextmanager
-def _store(num_bytes: int) -> Iterator[str]:
+def running_store(num_bytes: int) -> Iterator[str]:
     """Run ``hbserve store``; yields the master's address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -3,8 +3,10 @@
 turns     sessions whose prompts together are several times as large as the pool. In each turn every session asks
           once, with all that was said before. In the first turn everything is new: what does storing cost? Then:
           how much of each prompt is cached, beside a cache that forgets nothing, and at which rate turns end.
-random    new, repeated, growing, best-effort and aborted requests at random, with the tier alone. Every request must
-          have all its tokens, no copy may fail, and all blocks must come back.
+random    new, repeated, growing, best-effort and aborted requests at random, with the tier, and with a disk and a store
+          if they are asked for. Every request must have all its tokens, no copy may fail, all blocks must come back,
+          and prompts that come again must have the same greedy answers. On a GPU these may differ, because sums depend
+          on the batch there: it is counted how often they do.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import tempfile
 import time
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.kv_store import running_store
 from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.bench.arguments import (
     add_engine_arguments,
@@ -50,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-len", type=positive, default=32)
     parser.add_argument("--concurrency", type=positive, default=8, help="open requests (default: 8)")
     parser.add_argument("--seconds", type=positive_float, default=60.0, help="random: requests come (default: 60)")
+    parser.add_argument("--disk-bytes", type=positive, help="random: also a tier on disk, in a temporary folder")
+    parser.add_argument("--store-bytes", type=positive, help="random: also a Mooncake Store, which runs here meanwhile")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     add_engine_arguments(parser)
@@ -60,7 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_new_file("--json", arguments.json)
     found: dict[str, Any] = {}
     for name in ("none", "host") if arguments.load == "turns" else ("host",):
-        found[name] = asyncio.run(_measure(arguments, name == "host"))
+        with ExitStack() as stack:
+            tiers = _tiers(arguments, stack) if name == "host" else {"host_bytes": 0}
+            found[name] = asyncio.run(_measure(arguments, tiers))
     if arguments.load == "turns":
         for turn, (before, after) in enumerate(zip(found["none"]["turns"], found["host"]["turns"], strict=True), 1):
             print(f"turn {turn}: throughput with the tier is {before['seconds'] / after['seconds']:.2f} times")
@@ -68,20 +76,31 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-async def _measure(arguments: argparse.Namespace, with_tier: bool) -> dict[str, Any]:
+def _tiers(arguments: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    """Return the settings of the tiers; ``stack`` ends what they need."""
+    tiers: dict[str, Any] = {"host_bytes": arguments.host_bytes}
+    if arguments.disk_bytes is not None:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        tiers["disk"] = {"path": folder, "bytes": arguments.disk_bytes}
+    if arguments.store_bytes is not None:
+        master = stack.enter_context(running_store(arguments.store_bytes))
+        tiers["store"] = {"master": master, "bytes": arguments.store_bytes}
+    return tiers
+
+
+async def _measure(arguments: argparse.Namespace, tiers: dict[str, Any]) -> dict[str, Any]:
     model = find_model(arguments.model)
     longest = arguments.prompt_len + arguments.turns * (_TURN_TOKENS + arguments.output_len) + _BLOCK_SIZE
     defaults = {
         "num_blocks": -(-arguments.pool_tokens // _BLOCK_SIZE),
         "block_size": _BLOCK_SIZE,
         "max_model_len": longest,
-        "host_bytes": arguments.host_bytes if with_tier else 0,
     }
-    config = make_config(model, defaults | engine_arguments(arguments, model))
+    config = make_config(model, defaults | tiers | engine_arguments(arguments, model))
     async with DisaggregatedLLM(config) as llm:
         load = _Load(llm, arguments)
         await load.ask(load.prompt(min(512, arguments.prompt_len)), 2)
-        print(f"{'host tier' if with_tier else 'no tier'}:", flush=True)
+        print(f"{'with tiers' if tiers['host_bytes'] else 'no tier'}:", flush=True)
         result = await (load.turns() if arguments.load == "turns" else load.random())
         stats = await load.idle()
     return result | {"tier": stats["kv_tiers"].get("host"), "preemptions": stats["cpu_scheduler"]["preemptions"]}
@@ -94,6 +113,22 @@ class _Session:
     tokens: list[int]
     num_cacheable: int = 0
     cached: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Known:
+    """A prompt, and as much of its answer as was given."""
+
+    prompt: list[int]
+    answer: list[int] = field(default_factory=list)
+
+    def agrees(self, answer: list[int]) -> bool:
+        """Whether an answer is the known one as far as both go; the longer one is kept."""
+        count = min(len(answer), len(self.answer))
+        agrees = answer[:count] == self.answer[:count]
+        if len(answer) > len(self.answer):
+            self.answer = answer
+        return agrees
 
 
 class _Load:
@@ -184,36 +219,43 @@ class _Load:
 
     async def random(self) -> dict[str, Any]:
         arguments, counts = self._arguments, dict.fromkeys(("new", "repeated", "growing", "batch", "aborted"), 0)
-        known: list[list[int]] = []
+        known: list[_Known] = []
+        num_compared = num_different = 0
         end = time.monotonic() + arguments.seconds
 
         async def client(number: int) -> None:
+            nonlocal num_compared, num_different
             draw = np.random.default_rng([arguments.seed, number])
             while time.monotonic() < end:
                 kind = str(draw.choice(list(counts), p=[0.3, 0.3, 0.2, 0.1, 0.1]))
                 counts[kind] += 1
                 length = int(draw.integers(min(_MIN_RANDOM_TOKENS, arguments.prompt_len), arguments.prompt_len + 1))
-                prompt: list[int] = draw.integers(1, self._llm.engine.vocab_size, size=length).tolist()
+                item = _Known(draw.integers(1, self._llm.engine.vocab_size, size=length).tolist())
                 if known and kind in ("repeated", "growing", "aborted"):
-                    prompt = known[int(draw.integers(len(known)))]
+                    item = known[int(draw.integers(len(known)))]
                 num_tokens = int(draw.integers(1, arguments.output_len + 1))
-                if kind == "aborted":
-                    await self.ask(prompt, num_tokens, abort_at=int(draw.integers(1, num_tokens + 1)))
-                    continue
-                answer, _, _ = await self.ask(prompt, num_tokens, "batch" if kind == "batch" else None)
-                if kind == "growing" and len(prompt) + len(answer) <= arguments.prompt_len:
-                    prompt = prompt + answer
-                known.append(prompt)
+                abort_at = int(draw.integers(1, num_tokens + 1)) if kind == "aborted" else -1
+                priority: Literal["batch"] | None = "batch" if kind == "batch" else None
+                answer, _, _ = await self.ask(item.prompt, num_tokens, priority, abort_at)
+                num_compared += bool(item.answer)
+                num_different += not item.agrees(answer)
+                if kind == "growing" and len(item.prompt) + len(answer) <= arguments.prompt_len:
+                    item = _Known(item.prompt + answer)
+                if item not in known:
+                    known.append(item)
 
         began = time.monotonic()
         await asyncio.gather(*map(client, range(arguments.concurrency)))
         seconds = time.monotonic() - began
         total = sum(counts.values())
         print(f"  {total} requests in {seconds:.1f} s, all with their tokens: {counts}", flush=True)
+        print(f"  {num_compared} answers compared with earlier ones, {num_different} differ", flush=True)
         stats = await self.idle()
+        if num_different and all(instance["device"] == "cpu" for instance in stats["gpu_instances"].values()):
+            raise HBServeError(f"{num_different} answers are not what they were")
         for name, tier in stats["kv_tiers"].items():
             print(
                 f"  {name}: {tier['stored_blocks']} blocks stored, {tier['loaded_blocks']} loaded, "
                 f"{tier['evicted_blocks']} evicted, {tier['skipped_blocks']} skipped, failures {tier['failures']}"
             )
-        return {"seconds": seconds, "requests": counts}
+        return {"seconds": seconds, "requests": counts, "compared": num_compared, "different": num_different}
