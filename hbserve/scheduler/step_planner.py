@@ -90,11 +90,11 @@ class StepPlanner:
         limit = instance.choice.step_limit(worker, phases, self._policy.tightest_ttft_s)
         predictor, has_decodes = worker.timing.predictor, False
         if InstanceRole.DECODE in phases and limit.takes_decodes:
-            # What prompts may take is shared with drafts: half of it is theirs.
-            limit_s = limit.seconds if InstanceRole.PREFILL in phases and instance.prompts else math.inf
+            # Prompts that wait need the time more: drafts and the wait for their results would make them late.
+            may_draft = not (InstanceRole.PREFILL in phases and instance.prompts)
             may_repeat = not (instance.prompts or batch) and worker.cell is None
             max_rounds_s = min(_MAX_ROUNDS_S, _MAX_ROUNDS_SHARE * self._policy.tightest_ttft_s) if may_repeat else 0.0
-            if not self._plan_decodes(step, instance, others, None, limit_s, max_rounds_s):
+            if not self._plan_decodes(step, instance, others, None, may_draft, max_rounds_s):
                 return False
             has_decodes = bool(step.rows)
         if InstanceRole.PREFILL in phases:
@@ -116,17 +116,16 @@ class StepPlanner:
         instance: InstanceHandle,
         allocations: _Allocations,
         max_rows: int | None = None,
-        limit_s: float = math.inf,
+        may_draft: bool = True,
         max_rounds_s: float = 0.0,
     ) -> bool:
         """Plan the decoding sequences; False: none of them may be in a step before a result is known.
 
         Args:
-            limit_s: how long the step may take with the prompts that wait for it; infinity: none does.
             max_rounds_s: how long all rounds of the step together may take.
         """
         decoding = self._decoding(step, instance, allocations)[:max_rows]
-        drafts = self._choose_drafts(step, instance, decoding, limit_s, max_rounds_s)
+        drafts = self._choose_drafts(step, instance, decoding, max_rounds_s) if may_draft else {}
         if drafts is None:
             return False
         step.worker.num_undrafted = 0 if drafts else step.worker.num_undrafted + 1
@@ -146,7 +145,6 @@ class StepPlanner:
         step: _StepBuilder,
         instance: InstanceHandle,
         decoding: _Allocations,
-        limit_s: float,
         max_rounds_s: float,
     ) -> dict[Sequence, Draft | None] | None:
         """Choose which sequences get a draft in this step, and which wait for one.
@@ -182,18 +180,13 @@ class StepPlanner:
         keys = sum([allocation.num_planned for _, allocation in decoding])
         timing = step.worker.timing
         work = StepWork(len(decoding), keys)
-        if limit_s < math.inf:
-            step_s = timing.predictor.seconds(work)
-            limit_s = step_s + max(limit_s - step_s, 0.0) / 2
         gap_s, rounds = timing.gap_s, 1
         if max_rounds_s:  # a step that waits for every result may do several rounds
             rounds = int(max_rounds_s / max(timing.predictor.seconds(work), _MIN_ROUND_S))
             trusted = sum(candidate.draft.record.max_rounds for candidate in candidates) // len(candidates)
             rounds = max(1, min(rounds, MAX_ROUNDS, trusted))
             gap_s = (gap_s + (rounds - 1) * timing.round_gap_s) / rounds
-        way, lengths = choose(
-            candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, limit_s, timing.read_s
-        )
+        way, lengths = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, timing.read_s)
         are_known = all(allocation.num_planned < len(sequence.tokens) for sequence, allocation in decoding)
         if way is Way.WHOLE and are_known and not step.worker.inflight:
             step.rounds = rounds

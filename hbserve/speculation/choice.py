@@ -14,12 +14,10 @@ A draft model guesses at the head of the step: one forward pass for each guess, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Items
 from enum import Enum
 from typing import NamedTuple
 
-from hbserve.config import MAX_DRAFT_TOKENS
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.speculation.speculator import Draft, Record
 
@@ -32,7 +30,6 @@ _MIN_PROBABILITY = 0.05
 _MIN_STEP_S = 1e-6
 _FIRST_DRAFT_SHARE = 0.15
 """Time of a draft model's forward pass as a part of the step's, while it is not known."""
-_MIN_ROW_S = 1e-9
 _ROUNDS = 2
 _STEPS_PER_READ = 16
 """Steps over which a draft model's reading pays off: a sequence that has been read usually drafts again."""
@@ -78,7 +75,6 @@ def choose(
     gap_s: float,
     max_rows: int,
     draft_s: float = 0.0,
-    max_s: float = math.inf,
     read_s: float = 0.0,
 ) -> Choice:
     """Choose the drafts of a step.
@@ -89,7 +85,6 @@ def choose(
         gap_s: time that the device idles when a plan waits for a result.
         max_rows: rows that the drafts may add.
         draft_s: time of a forward pass of the draft model; 0: unknown.
-        max_s: time that the step may take with the drafts.
         read_s: time in which the draft model reads what it has missed.
     """
     num_rows = work.decode_rows
@@ -97,11 +92,8 @@ def choose(
     keys = sum(candidate.position for candidate in candidates) / len(candidates)
     more = work._replace(decode_rows=num_rows + 1, decode_keys=work.decode_keys + keys)
     row_s = max(predictor.seconds(more) - step_s, 0.0)
-    if max_s < math.inf:
-        max_rows = min(max_rows, int(max(max_s - step_s, 0.0) / max(row_s, _MIN_ROW_S)))
     num_of_model = sum(candidate.draft.num_to_draft > 0 for candidate in candidates)
     draft_s = draft_s or _FIRST_DRAFT_SHARE * step_s
-    max_passes = int(min(max(max_s - step_s, 0.0) / draft_s, MAX_DRAFT_TOKENS))
     # the sequences share a pass of the draft model
     costs = [row_s + (draft_s / num_of_model if candidate.draft.num_to_draft else 0.0) for candidate in candidates]
     acceptances = _shrunk([candidate.draft.record for candidate in candidates])
@@ -110,7 +102,7 @@ def choose(
         # a row must bring at least what the step brings in the same time; drafts make that more (Dinkelbach 1967)
         rate = _MIN_GAIN * max(num_rows / step_s, num_whole / (drafted_s + gap_s))
         worths = [rate * cost_s for cost_s in costs]
-        lengths, num_expected = _lengths(candidates, acceptances, worths, max_rows, max_passes)
+        lengths, num_expected = _lengths(candidates, acceptances, worths, max_rows)
         num_drafting = sum(length > 0 for length in lengths)
         pairs = zip(candidates, lengths, strict=True)
         num_passes = max((length for candidate, length in pairs if candidate.draft.num_to_draft), default=0)
@@ -147,7 +139,7 @@ def _shrunk(records: Items[Record]) -> list[float]:
 
 
 def _lengths(
-    candidates: Items[Candidate], acceptances: Items[float], worths: Items[float], max_rows: int, max_passes: int
+    candidates: Items[Candidate], acceptances: Items[float], worths: Items[float], max_rows: int
 ) -> tuple[list[int], float]:
     """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring; more
     than one of a late sequence count double.
@@ -160,8 +152,7 @@ def _lengths(
         probability = 1.0
         is_late = candidate.is_late
         limit = max(_LATE_WORTH * worth if is_late else worth, _MIN_PROBABILITY)
-        length = len(candidate.draft.token_ids)
-        for _ in range(min(length, max_passes) if candidate.draft.num_to_draft else length):
+        for _ in candidate.draft.token_ids:
             probability *= acceptance
             if probability <= limit:
                 break

@@ -124,13 +124,19 @@ class Run:
 
 
 def run(
-    model: Model, batch: int, acceptance: float | None, method: str = "none", before: tuple[float, ...] = ()
+    model: Model,
+    batch: int,
+    acceptance: float | None,
+    method: str = "none",
+    before: tuple[float, ...] = (),
+    every_s: float = 0.0,
 ) -> Run:
     """Run a batch of requests to their end; their predictions are right so often, or there are none.
 
     If the model has a draft model, that one is right so often, and there are no predictions.
 
     Args:
+        every_s: between the requests of a batch.
         before: acceptance of other batches, each of which comes when the one before has ended, and before this one.
     """
     drafts = model.pass_ms > 0 and acceptance is not None
@@ -157,7 +163,8 @@ def run(
                 sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
                 predicted_token_ids=None if acceptance is None or drafts else guesses,
             )
-            heapq.heappush(events, (now, next(numbers), FromClient(b"client", request)))
+            at = now + every_s * (number - first)
+            heapq.heappush(events, (at, next(numbers), FromClient(b"client", request)))
 
     batches = [*before, acceptance]
     add_batch(0.0, 0, batches[0])
@@ -231,3 +238,13 @@ def test_a_drafter_that_was_right_for_others_alone_gets_one_round(model: Model, 
     assert max(plan.rounds for plan in found.plans[:first]) > 1
     assert all(plan.rounds == 1 for plan in found.plans[first:])
     assert found.ends[-1] - found.ends[-2] < 1.02 * plain_s
+
+
+def test_no_step_has_drafts_while_prompts_wait_for_it() -> None:
+    found = run(LARGE, 8, 0.9, every_s=0.012)
+    kinds = {
+        (any(row.token_ids and row.num_tokens > 1 + row.num_drafts for row in plan.rows), row.num_drafts > 0)
+        for plan in found.plans
+        for row in plan.rows
+    }
+    assert kinds == {(True, False), (False, True), (False, False)}
