@@ -18,6 +18,9 @@ A block is in one of five states. `TRANSITIONS` lists all legal changes, which t
   that may still touch the owner's blocks.
 - *cached*: without an owner, and its sealed contents can be used again.
 
+An owned block may be *planned*: a step that fills it is on its way to a worker. Later steps may read it, and so may
+other rows of the same step. So other owners can join it before it is sealed (`BlockPool.join_blocks`).
+
 Memory is freed in `BlockPool.free`, or, if the owner has pins, in the `BlockPool.unpin` that drops the last one. Both
 call `BlockPool._free_now`. Each block that becomes free or cached there begins a new *generation*, so that an older
 `BlockHandle` is recognized as stale.
@@ -61,6 +64,10 @@ TRANSITIONS = frozenset(
         (BlockState.CACHED, "allocate", BlockState.SEALED),  # a prefix match
         (BlockState.PENDING, "allocate", BlockState.SEALED),  # a prefix match with a sealed block
         (BlockState.PENDING, "share", BlockState.SEALED),  # likewise
+        (BlockState.PENDING, "join", BlockState.SEALED),  # likewise
+        (BlockState.PENDING, "join", BlockState.OWNED),  # a step that is on its way fills it
+        (BlockState.CACHED, "join", BlockState.SEALED),  # it was sealed after the owner's blocks were allocated
+        (BlockState.OWNED, "join", BlockState.FREE),  # the owner takes another block in its place
         (BlockState.OWNED, "seal", BlockState.SEALED),
         (BlockState.OWNED, "free", BlockState.FREE),
         (BlockState.OWNED, "free", BlockState.PENDING),  # its owner has pins
@@ -120,6 +127,8 @@ class BlockPool:
         self._owners = [0] * total_blocks  # how many
         self._generation = [0] * total_blocks
         self._holdings: dict[str, _Holding] = {}
+        self._planned: dict[bytes, int] = {}  # the block that a step fills, by its contents
+        self._planned_hash: dict[int, bytes] = {}  # the same by block
         self._read: set[int] = set()  # sealed blocks with KV of the draft model
         self._foreign: set[int] = set()  # see `note_foreign`
         self.num_pending_blocks = 0
@@ -252,14 +261,18 @@ class BlockPool:
         del self._holdings[owner]
         # The tail first: eviction takes the oldest, and the beginning of a prompt is of more use than its end.
         for block in reversed(holding.block_ids):
-            self._owners[block] -= 1
-            if self._owners[block]:
-                continue
-            self._generation[block] += 1
-            if self._hash[block] is None:
-                heapq.heappush(self._free_blocks, block)
-            else:
-                self._cached[block] = None
+            self._drop_owner(block)
+
+    def _drop_owner(self, block: int) -> None:
+        self._owners[block] -= 1
+        if self._owners[block]:
+            return
+        self._generation[block] += 1
+        if self._hash[block] is None:
+            self._forget_plan_of(block)
+            heapq.heappush(self._free_blocks, block)
+        else:
+            self._cached[block] = None
 
     # --- prefix cache ----------------------------------------------------------------------------
 
@@ -283,8 +296,11 @@ class BlockPool:
         if not self.enable_prefix_caching:
             return
         holding = self._holdings[owner]
+        if holding.is_freed:
+            return
         block = holding.block_ids[index]
-        if self._hash[block] is None and block_hash not in self._block_of_hash and not holding.is_freed:
+        self._forget_plan_of(block)
+        if self._hash[block] is None and block_hash not in self._block_of_hash:
             self._hash[block] = block_hash
             self._block_of_hash[block_hash] = block
 
@@ -310,6 +326,53 @@ class BlockPool:
             self._owners[block] += 1
         self._holdings.setdefault(target, _Holding()).block_ids += shared
         return shared
+
+    # --- blocks that are being computed ------------------------------------------------------------
+
+    def note_planned(self, block_ids: Sequence[int], block_hashes: Sequence[bytes]) -> None:
+        """Note that a step on its way to a worker fills these blocks with these contents."""
+        if not self.enable_prefix_caching:
+            return
+        planned, sealed = self._planned, self._block_of_hash
+        for block, block_hash in zip(block_ids, block_hashes, strict=True):
+            if block_hash not in planned and block_hash not in sealed:
+                planned[block_hash] = block
+                self._planned_hash[block] = block_hash
+
+    def find_joinable(self, block_hashes: Sequence[bytes], first: int, end: int) -> int:
+        """Return the end of the contents from ``first`` to at most ``end`` that the pool has, or that steps fill."""
+        planned, sealed = self._planned, self._block_of_hash
+        while first < end and (block_hashes[first] in sealed or block_hashes[first] in planned):
+            first += 1
+        return first
+
+    def join_blocks(self, owner: str, first: int, block_hashes: Sequence[bytes]) -> None:
+        """Put the blocks of these contents in the place of an owner's from ``first`` on, as `find_joinable` found them.
+
+        The owner's own blocks there become free. No step or transfer may touch them: a pin is not heeded.
+        """
+        table = self._holdings[owner].block_ids
+        for index, block_hash in enumerate(block_hashes, first):
+            block = self._block_of_hash.get(block_hash)
+            if block is None:
+                block = self._planned[block_hash]
+            replaced = table[index]
+            if block != replaced:
+                if self._owners[block] == 0:
+                    del self._cached[block]
+                self._owners[block] += 1
+                table[index] = block
+                self._drop_owner(replaced)
+
+    def forget_planned(self) -> None:
+        """Share no block that is planned now before it is sealed: the step that was to fill it may have been lost."""
+        self._planned.clear()
+        self._planned_hash.clear()
+
+    def _forget_plan_of(self, block: int) -> None:
+        block_hash = self._planned_hash.pop(block, None)
+        if block_hash is not None:
+            del self._planned[block_hash]
 
     # --- block tables and handles ----------------------------------------------------------------
 
@@ -369,6 +432,8 @@ class BlockPool:
         assert sorted(self._cached) == cached, "the cached blocks are not those with a hash and no owner"
         hashes = {contents: block for block, contents in enumerate(self._hash) if contents is not None}
         assert hashes == self._block_of_hash, "hash index and blocks disagree"
+        assert self._planned_hash == {block: contents for contents, block in self._planned.items()}
+        assert all(owners[block] and self._hash[block] is None for block in self._planned_hash), "a plan outlives it"
         freed = [holding for holding in self._holdings.values() if holding.is_freed]
         assert sum(len(holding.block_ids) for holding in freed) == self.num_pending_blocks, "pending is miscounted"
         assert all(holding.pins for holding in freed), "a freed owner without pins still has blocks"

@@ -234,11 +234,7 @@ class RequestLifecycle:
             return
         assert allocation.load_start is not None, "a load that nothing waits for"
         allocation.loaded_end = load.num_blocks * allocation.pool.block_size
-        gained = min(allocation.loaded_end, sequence.num_prompt_tokens) - allocation.load_start
-        if gained > 0 and sequence.first_token_time is None:
-            sequence.num_cached_tokens = (sequence.num_cached_tokens or 0) + gained
-            self.counts["cached_prompt_tokens"] += gained
-            self._metrics.on_loaded(sequence)
+        self._count_cached(sequence, min(allocation.loaded_end, sequence.num_prompt_tokens) - allocation.load_start)
         logger.debug("request %s: loaded up to token %d", sequence.id, allocation.loaded_end)
         self._join_load(sequence, allocation)
 
@@ -252,6 +248,18 @@ class RequestLifecycle:
             self._advance(sequence, allocation, end)
             allocation.num_planned = end
         self._instances[allocation.instance_id].activate(sequence, allocation)
+
+    def _on_joined(self, sequence: Sequence, row: InflightRow) -> None:
+        """A row has been computed behind blocks that were computed for others."""
+        self._count_cached(sequence, min(row.start, sequence.num_prompt_tokens) - (row.start - row.num_joined))
+        logger.debug("request %s: joined others up to token %d", sequence.id, row.start)
+
+    def _count_cached(self, sequence: Sequence, num_tokens: int) -> None:
+        """Note that more of a prompt has come from others than there was at its admission."""
+        if num_tokens > 0 and sequence.first_token_time is None:
+            sequence.num_cached_tokens = (sequence.num_cached_tokens or 0) + num_tokens
+            self.counts["cached_prompt_tokens"] += num_tokens
+            self._metrics.on_more_cached(sequence)
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -288,6 +296,8 @@ class RequestLifecycle:
                 else:
                     last_token_times += [last, *[now] * (number - 1)]
             elif counts:
+                if row.num_joined:
+                    self._on_joined(sequence, row)
                 self._advance(sequence, allocation, row.end)
                 self._join_load(sequence, allocation)
                 if row.samples:
@@ -447,6 +457,19 @@ class RequestLifecycle:
                     if row.start > starts.get(row.allocation, math.inf) and not row.is_void:
                         row.allocation.void_row(row)
                         row.allocation.last_worker_id = worker.id
+        self._part_joined(instance, worker)
+
+    def _part_joined(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
+        """Compute prompts again that joined blocks in unconfirmed steps: a lost step may have been to fill these."""
+        if not instance.arena_epoch:
+            return
+        instance.pool.forget_planned()
+        for other in instance.workers.values():
+            for row in (row for step in other.inflight for row in step.rows):
+                sequence = row.sequence
+                if row.num_joined and row.attempt == sequence.attempt and sequence.phase is not Phase.FINISHED:
+                    self._put_back(sequence)
+                    self._count_retry(sequence, f"{worker.id} was lost")
 
     def on_steps_lost(self, steps: Iterable[InflightStep]) -> None:
         """The process of a lost worker has ended: plan its unconfirmed steps again."""

@@ -67,6 +67,7 @@ class InflightRow(msgspec.Struct, eq=False):
         scores: whether the step reports log-probabilities of the prompt.
         is_void: the row continues a row that was lost; both are planned again.
         draft: its guessed tokens; None: it has none.
+        num_joined: tokens before ``start`` of which the KV was computed for other requests, or is being computed.
     """
 
     sequence: Sequence
@@ -78,6 +79,7 @@ class InflightRow(msgspec.Struct, eq=False):
     scores: bool = False
     is_void: bool = False
     draft: Draft | None = None
+    num_joined: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -161,6 +163,7 @@ class KVAllocation:
         stored_runs: blocks that are to be loaded from KV tiers.
         load_start: positions from here on wait for a load under way, and no plan has them; None: there is no load.
         loaded_end: positions from ``load_start`` to this one have been loaded; None: the load has not ended.
+        can_join: it may take blocks of others in the place of its own; no lost row can write to these any more.
     """
 
     instance_id: str
@@ -183,6 +186,7 @@ class KVAllocation:
     stored_runs: list[StoredRun] = field(default_factory=list)
     load_start: int | None = None
     loaded_end: int | None = None
+    can_join: bool = True
 
     @property
     def num_to_prefill(self) -> int:
@@ -211,11 +215,25 @@ class KVAllocation:
     def void_row(self, row: InflightRow) -> None:
         """Plan a row's positions again. The row stays pinned: its worker may still write."""
         row.is_void = True
-        self.is_drafting = False
+        self.is_drafting = self.can_join = False
         self.num_planned = min(self.num_planned, row.start)
         # What the draft model has read is not confirmed, and nothing but a guess depends on it.
         self.num_read = self.draft_start
         self.num_inflight -= 1
+
+    def join_blocks(self, block_hashes: list[bytes], end: int) -> None:
+        """Take the blocks of others for the positions up to ``end``; the next row begins there.
+
+        Args:
+            block_hashes: of all the sequence's blocks.
+        """
+        size = self.pool.block_size
+        first = self.num_planned // size
+        self.pool.join_blocks(self.owner, first, block_hashes[first : end // size])
+        self.num_planned = end
+        self.blocks_sent.clear()  # workers know other blocks in these places
+        if self.pool.count_foreign(self.block_ids):
+            self.note_foreign(0, 0)
 
     def note_read_blocks(self, num_confirmed: int) -> None:
         """Tell the pool which sealed blocks the draft model has read; positions below ``num_confirmed`` are certain."""

@@ -42,6 +42,9 @@ _SHORT_READ, _MAX_READ_PER_TOKEN = 16, 16
 _SEQUENCES_PER_LOOK = 32
 """While a batch drafts nothing, the scheduler looks at the guesses of so many sequences a step, in the mean: to look at
 256 would take it longer than to plan the step."""
+_MIN_JOINING = 2
+"""Tokens of a row that joins blocks which its own step fills. The kernel for rows of one token reads KV of earlier
+steps before it waits for what this step writes (`hbserve.attention.paged_decode`)."""
 _NO_DRAFT = Draft([], "", Record())
 _Allocations = list[tuple[Sequence, KVAllocation]]
 
@@ -268,21 +271,24 @@ class StepPlanner:
         if self._is_chunked:
             budget = min(budget, max_tokens - step.prefill_tokens)
         for sequence, allocation in self._in_order(allocations):
-            remaining = allocation.num_to_prefill
-            if remaining <= 0 or sequence not in instance.allocations:
+            if allocation.num_to_prefill <= 0 or sequence not in instance.allocations:
                 continue
             if not instance.choice.can_take(step.worker, allocation) or not self._can_leave(sequence, allocation):
                 continue
+            # What no row of this step fills may be read by a row of any length.
+            min_tokens = _MIN_JOINING if step.prefill_rows else 1
+            start, end = _what_to_compute(sequence, allocation, min_tokens)
+            remaining = end - start
             if self._is_chunked:
                 chunk = min(remaining, self._max_chunk, budget)
                 if chunk > 0:
-                    chunk = 0 if time_budget.is_full else time_budget.take(chunk, allocation.num_planned)
+                    chunk = 0 if time_budget.is_full else time_budget.take(chunk, start)
             else:  # whole prompts: the first goes even if it is longer than the budget
                 chunk = remaining if (remaining <= budget and not sequence.is_batch) or not step.rows else 0
-            if chunk <= 0:
+            if chunk < (min_tokens if start > allocation.num_planned else 1):
                 break
             budget -= chunk
-            self._plan_prefill(step, sequence, allocation, chunk)
+            self._plan_prefill(step, sequence, allocation, start, chunk)
 
     def _plan_batch(
         self,
@@ -467,11 +473,19 @@ class StepPlanner:
             or self._transfers.is_open(allocation.instance_id, target.instance_id)
         )
 
-    def _plan_prefill(self, step: _StepBuilder, sequence: Sequence, allocation: KVAllocation, chunk: int) -> None:
-        start, end = allocation.num_planned, allocation.num_planned + chunk
+    def _plan_prefill(
+        self, step: _StepBuilder, sequence: Sequence, allocation: KVAllocation, start: int, chunk: int
+    ) -> None:
+        end, size = start + chunk, allocation.pool.block_size
         last = end == allocation.num_tokens_at_entry
+        hashes = sequence.hashes(size)
+        if (num_joined := start - allocation.num_planned) > 0:
+            allocation.join_blocks(hashes, end=start)
         next_token_ids = sequence.next_prompt_tokens(start, end)
         step.add(sequence, allocation, sequence.tokens[start:end], chunk, last, next_token_ids)
+        step.inflight[-1].num_joined = num_joined
+        filled = slice(start // size, end // size)
+        allocation.pool.note_planned(allocation.block_ids[filled], hashes[filled])
         step.prefill_rows += 1
         if next_token_ids is not None:
             step.num_scores.append(len(next_token_ids))
@@ -482,8 +496,7 @@ class StepPlanner:
         if target is None or target is allocation:
             return
         # All blocks that are final after this step leave with it; the last one may be part full.
-        block_size = allocation.pool.block_size
-        end_block = -(-end // block_size) if last else end // block_size
+        end_block = -(-end // size) if last else end // size
         if end_block > sequence.num_blocks_dispatched:
             step.leaving.append(_Leaving(sequence, allocation, target, sequence.num_blocks_dispatched, end_block, last))
             sequence.num_blocks_dispatched = end_block
@@ -521,6 +534,29 @@ class StepPlanner:
             if victim is sequence:
                 return False
         return True
+
+
+def _what_to_compute(sequence: Sequence, allocation: KVAllocation, min_tokens: int) -> tuple[int, int]:
+    """Return the positions of a prompt that the next step may compute: the first, and the end.
+
+    Blocks that the pool has by now, or that steps on their way to workers fill, are not computed again. All steps with
+    prompts of an instance are done in the order in which they are planned, and a worker writes the KV of all rows of a
+    step before it reads any, layer by layer. So this holds for blocks that another row of the same step fills, too.
+
+    Args:
+        min_tokens: how many tokens are left at least for a row that joins blocks of others.
+    """
+    start, size = allocation.num_planned, allocation.pool.block_size
+    end = start + allocation.num_to_prefill
+    first, last = -(-start // size), (end - min_tokens) // size
+    if first >= last or not allocation.can_join or sequence.lacks_prompt_logprobs:
+        return start, end
+    joined = allocation.pool.find_joinable(sequence.hashes(size), first, last)
+    if joined == first:
+        return start, end
+    if start % size:
+        return start, first * size  # complete the block; the next step joins behind it
+    return joined * size, end
 
 
 def _pays_to_read(sequence: Sequence, allocation: KVAllocation) -> bool:

@@ -42,6 +42,27 @@ def _plant(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
 
 
 @_plant
+def a_prompt_goes_on_behind_blocks_that_a_lost_worker_was_to_fill(patch: Patch) -> None:
+    patch.setattr(RequestLifecycle, "_part_joined", lambda *_: None)
+
+
+@_plant
+def a_worker_is_not_told_of_joined_blocks(patch: Patch) -> None:
+    def join(self: KVAllocation, block_hashes: list[bytes], end: int) -> None:
+        known = dict(self.blocks_sent)
+        original(self, block_hashes, end)
+        self.blocks_sent.update(known)
+
+    original = KVAllocation.join_blocks
+    patch.setattr(KVAllocation, "join_blocks", join)
+
+
+@_plant
+def a_row_of_one_token_joins_what_its_step_fills(patch: Patch) -> None:
+    patch.setattr(step_planner, "_MIN_JOINING", 1)
+
+
+@_plant
 def steps_do_not_pin(patch: Patch) -> None:
     def begin_row(self: KVAllocation, worker_id: str, keeps_state: bool) -> None:
         begin(self, worker_id, keeps_state)
@@ -485,6 +506,9 @@ def the_only_instance_may_be_removed_while_it_is_lost(patch: Patch) -> None:
 
 
 FOUND_BY = {
+    "a_prompt_goes_on_behind_blocks_that_a_lost_worker_was_to_fill": 1312,
+    "a_worker_is_not_told_of_joined_blocks": 141,
+    "a_row_of_one_token_joins_what_its_step_fills": 370,
     "a_late_lookup_is_never_given_up": 93,
     "what_a_lookup_has_found_is_believed": 100,
     "copies_of_tiers_do_not_pin": 105,

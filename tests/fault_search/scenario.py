@@ -283,6 +283,26 @@ def draw(seed: int) -> Scenario:
         for again in tiers.choices(requests, k=tiers.randint(2, 6)):
             at = again.at + tiers.uniform(0.0, lasts_s)
             requests.append(dataclasses.replace(again, at=at, client=tiers.randrange(2), abort_at=None))
+    bursts = random.Random(f"bursts {seed}")  # likewise
+    if longest > 2 * BLOCK_SIZE and bursts.random() < 0.12:  # prompts that begin alike come while the first is computed
+        begin, at = tuple(bursts.randrange(VOCAB_SIZE) for _ in range(longest)), bursts.uniform(0.0, lasts_s)
+        for number in range(bursts.randint(2, 5)):
+            ends = bursts.randint(BLOCK_SIZE, longest)
+            tail = [bursts.randrange(VOCAB_SIZE) for _ in range(bursts.choice((0, 1, longest - ends)))]
+            again = dataclasses.replace(
+                bursts.choice(requests),
+                at=at + bursts.uniform(0.0, 0.02),
+                prompt=(*begin[:ends], *tail)[:longest],
+                salt=None,
+                abort_at=at + bursts.uniform(0.0, 0.05) if not number and bursts.random() < 0.3 else None,
+                scores_prompt=False,
+                wrong_guesses=None,
+            )
+            requests.append(again)
+        if bursts.random() < 0.6:
+            kind = bursts.choice(("kill_worker", "stop_worker", *_OF_MODE[mode]))
+            broken = Fault(at + bursts.uniform(0.0, 0.06), kind, bursts.randrange(100), 0.1)
+            faults = tuple(sorted((*faults, broken), key=lambda fault: fault.at))
     roles = random.Random(f"roles {seed}")  # likewise
     if mode != "semi_pd" and roles.random() < 0.3:
         changes = [Fault(roles.uniform(0.0, lasts_s), "set_role", roles.randrange(100), 1.0) for _ in range(4)]

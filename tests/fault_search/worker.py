@@ -289,7 +289,10 @@ class Worker(Process):
                     state.draft_start,
                 )
         draft_ids: list[int] = []
-        token_ids = [token for row in plan.rows for token in self._compute_row(row, draft_ids)]
+        # Rows of one token may read before the others have written, as in `hbserve.attention.paged_decode`.
+        early = {id(row): self._compute_row(row, draft_ids) for row in plan.rows if _reads_early(row)}
+        late = (early[id(row)] if id(row) in early else self._compute_row(row, draft_ids) for row in plan.rows)
+        token_ids = [token for tokens in late for token in tokens]
         if plan.cell is not None:
             self.arena.on_step_done(plan.cell, plan.step_id)
         for command in plan.sends if plan.epoch == self.epoch else ():
@@ -436,3 +439,7 @@ class Worker(Process):
         for line in self.lines:
             self.world.break_connection(self, line)
         self._on_exit(self, self._is_dismissed)
+
+
+def _reads_early(row: PlanRow) -> bool:
+    return row.num_tokens == 1 and row.token_ids is not None

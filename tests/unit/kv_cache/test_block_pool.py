@@ -8,6 +8,8 @@ The legal transitions, by state before, operation, and state after (`SCENARIOS` 
     owned   seal      sealed      pending  share     sealed
     owned   free      free        pending  unpin     free
     owned   free      pending     pending  unpin     cached
+    pending join      sealed      cached   join      sealed
+    pending join      owned       owned    join      free
 """
 
 from __future__ import annotations
@@ -31,6 +33,52 @@ def hashes_of(token_ids: list[int]) -> list[bytes]:
     hashes: list[bytes] = []
     extend_block_hashes(hashes, token_ids, BLOCK_SIZE)
     return hashes
+
+
+# --- blocks that are being computed ---------------------------------------------------------------
+
+
+def test_a_block_that_a_step_fills_can_be_joined_before_it_is_sealed() -> None:
+    pool = BlockPool(8, BLOCK_SIZE)
+    hashes = hashes_of([1] * 3 * BLOCK_SIZE)
+    assert pool.allocate_blocks("leader", 3) == [0, 1, 2]
+    assert pool.allocate_blocks("follower", 3) == [3, 4, 5]
+    assert pool.find_joinable(hashes, 0, 3) == 0
+    pool.note_planned([0, 1], hashes[:2])
+    pool.seal_block("leader", 0, hashes[0])
+    assert pool.find_joinable(hashes, 0, 3) == 2
+    assert pool.find_joinable(hashes, 0, 1) == 1
+    handles = pool.get_block_handles("follower")
+    pool.join_blocks("follower", 0, hashes[:2])
+    assert pool.get_block_ids("follower") == [0, 1, 5]
+    assert pool.num_free_blocks == 4  # its own blocks are free again
+    with pytest.raises(StaleBlockError):
+        pool.check_handles(handles[:1])
+    pool.check_consistency()
+    pool.free("leader")
+    assert pool.find_joinable(hashes, 0, 3) == 2  # the other owner keeps them
+    pool.seal_block("follower", 1, hashes[1])
+    pool.free("follower")
+    assert pool.count_cached_prefix(hashes) == 2
+    pool.check_consistency()
+
+
+def test_a_cached_block_can_be_joined_and_a_block_without_an_owner_is_planned_no_more() -> None:
+    pool = BlockPool(4, BLOCK_SIZE)
+    hashes = hashes_of([1] * 2 * BLOCK_SIZE)
+    pool.allocate_blocks("a", 2)
+    pool.note_planned([0, 1], hashes)
+    pool.seal_block("a", 0, hashes[0])
+    pool.free("a")
+    assert pool.find_joinable(hashes, 0, 2) == 1  # nothing says that the other one was ever filled
+    pool.allocate_blocks("b", 2)
+    pool.join_blocks("b", 0, hashes[:1])
+    assert pool.get_block_ids("b")[0] == 0
+    assert pool.block_states()[0] is BlockState.SEALED
+    pool.note_planned(pool.get_block_ids("b")[1:], hashes[1:])
+    pool.forget_planned()
+    assert pool.find_joinable(hashes, 0, 2) == 1
+    pool.check_consistency()
 
 
 # --- transitions ----------------------------------------------------------------------------------
@@ -110,8 +158,49 @@ def test_a_legal_transition(transition: tuple[BlockState, str, BlockState]) -> N
         assert pool.generations_of([0]) == [generation + begins_generation]
 
 
+def allocate_other(pool: BlockPool) -> None:
+    assert pool.allocate_blocks("b", 1) == [1]
+
+
+def plan(pool: BlockPool) -> None:
+    pool.note_planned([0], [CONTENTS])
+
+
+def join(pool: BlockPool) -> None:
+    pool.join_blocks("b", 0, [CONTENTS])
+    assert pool.get_block_ids("b") == [0]
+
+
+def plan_other_and_join(pool: BlockPool) -> None:
+    pool.note_planned([1], [CONTENTS])
+    pool.join_blocks("a", 0, [CONTENTS])
+    assert pool.get_block_ids("a") == [1]
+
+
+# The same for block 0 of two, where another owner joins it or its owner joins the other one.
+JOINS: dict[tuple[BlockState, str, BlockState], list[Callable[[BlockPool], object]]] = {
+    (PENDING, "join", SEALED): [allocate, allocate_other, seal, pin, free, join],
+    (PENDING, "join", OWNED): [allocate, allocate_other, plan, pin, free, join],
+    (CACHED, "join", SEALED): [allocate, allocate_other, seal, free, join],
+    (OWNED, "join", FREE): [allocate, allocate_other, plan_other_and_join],
+}
+
+
+@pytest.mark.parametrize("transition", JOINS, ids=lambda t: f"{t[0].value}-{t[1]}-{t[2].value}")
+def test_a_legal_join(transition: tuple[BlockState, str, BlockState]) -> None:
+    before, _, after = transition
+    *earlier, last = JOINS[transition]
+    pool = BlockPool(2, BLOCK_SIZE)
+    for operation in earlier:
+        operation(pool)
+    assert pool.block_states()[0] is before
+    last(pool)
+    assert pool.block_states()[0] is after
+    pool.check_consistency()
+
+
 def test_the_scenarios_are_all_legal_transitions() -> None:
-    assert set(SCENARIOS) == TRANSITIONS
+    assert {*SCENARIOS, *JOINS} == TRANSITIONS
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,7 +15,7 @@ from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.client import AddRequest, Resumed
 from hbserve.messages.worker import NO_TOKEN, PlanRow, StepPlan, StepRef
 from hbserve.sampling_params import SamplingParams
-from hbserve.scheduler.sequence import Phase
+from hbserve.scheduler.sequence import Phase, Sequence
 from hbserve.scheduler.worker import WorkerHandle
 from tests.support.scheduler_parts import SchedulerParts
 
@@ -137,9 +138,9 @@ def test_a_request_of_an_earlier_scheduler_goes_on_after_the_tokens_that_its_cli
     assert parts.requests.counts["prompt_tokens"] == 0  # the earlier scheduler has counted them
 
 
-def decode_worker(parts: SchedulerParts, name: str) -> WorkerHandle:
+def decode_worker(parts: SchedulerParts, name: str, role: InstanceRole = InstanceRole.DECODE) -> WorkerHandle:
     """Announce another worker of the first instance."""
-    worker = WorkerHandle(name, InstanceRole.DECODE, 50, "nowhere", parts.clock, parts.outbox)
+    worker = WorkerHandle(name, role, 50, "nowhere", parts.clock, parts.outbox)
     parts.instance.workers[name] = worker
     return worker
 
@@ -168,6 +169,85 @@ def test_a_new_worker_is_told_of_running_sequences_before_its_first_step(parts: 
         blocks[row.slot] = blocks.get(row.slot, []) + row.new_block_ids
     for sequence in running:
         assert blocks[slots[sequence]] == list(parts.instance.allocations[sequence].block_ids)
+
+
+# --- prompts that begin alike ---------------------------------------------------------------------
+
+
+def prompts(parts: SchedulerParts, *lengths: int, **sampling: Any) -> list[Sequence]:
+    """Admit prompts of the same token; block size is 16."""
+    params = SamplingParams(max_tokens=5, **sampling)
+    requests = [
+        AddRequest(request_id=f"r{number}", prompt_token_ids=[1] * length, end_token_ids=[], sampling=params)
+        for number, length in enumerate(lengths)
+    ]
+    sequences = [parts.add_request(request) for request in requests]
+    assert all(parts.requests.admit(sequence) for sequence in sequences)
+    return sequences
+
+
+def test_prompts_of_one_step_share_the_blocks_that_it_fills(parts: SchedulerParts) -> None:
+    first, second, third = prompts(parts, 100, 100, 97)
+    free = parts.instance.pool.num_free_blocks
+    assert parts.plan()
+    [plan] = parts.plans(parts.worker)
+    # A row of one token would read before the step has written; so two blocks of the last prompt are its own.
+    assert [(row.start, row.num_tokens) for row in plan.rows] == [(0, 100), (96, 4), (80, 17)]
+    blocks = [state.block_ids for state in plan.new_sequences]
+    assert blocks[1][:6] == blocks[0][:6]
+    assert blocks[2][:5] == blocks[0][:5]
+    assert parts.instance.pool.num_free_blocks == free + 6 + 5
+    parts.requests.finish(first, "abort")  # its step still fills the blocks
+    parts.confirm(parts.worker)
+    parts.instance.pool.check_consistency()
+    assert (second.num_cached_tokens, third.num_cached_tokens) == (96, 80)
+    parts.steps(4)
+    assert second.phase is third.phase is Phase.FINISHED
+    assert parts.instance.pool.num_free_blocks == parts.instance.pool.total_blocks
+    parts.instance.pool.check_consistency()
+
+
+def test_two_prompts_compute_what_they_share_in_turns(chunked_parts: SchedulerParts) -> None:
+    parts = chunked_parts
+    first, second = prompts(parts, 100, 130)
+    # Each joins the other at the end of a block.
+    for expected in ([(0, 40), (32, 40)], [(40, 8), (72, 40)], [(96, 4), (112, 18)]):
+        assert parts.plan()
+        rows = [(row.start, row.num_tokens) for row in parts.plans(parts.worker)[-1].rows if row.token_ids is not None]
+        assert rows == expected
+    for _ in range(3):
+        parts.confirm(parts.worker)
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (48, 32)
+    assert first.phase is second.phase is Phase.DECODING
+
+
+def test_prompts_with_another_salt_or_with_log_probabilities_share_no_block_that_is_filled(
+    parts: SchedulerParts,
+) -> None:
+    prompts(parts, 100)
+    prompts(parts, 100, cache_salt="a")
+    prompts(parts, 100, prompt_logprobs=0)
+    assert parts.plan()
+    assert [row.start for row in parts.plans(parts.worker)[0].rows] == [0, 0, 0]
+
+
+def test_a_prompt_that_joined_a_step_of_a_lost_worker_begins_anew(parts: SchedulerParts) -> None:
+    first, second = prompts(parts, 100, 100)
+    assert parts.plan()
+    other = decode_worker(parts, "other", InstanceRole.UNIFIED)
+    parts.register(parts.instance, other, 77, parts.instance.arena_epoch)
+    parts.worker.hello = None
+    parts.requests.on_worker_lost(parts.instance, parts.worker)
+    assert [sequence.phase for sequence in (first, second)] == [Phase.PREFILLING, Phase.WAITING]
+    parts.requests.on_steps_lost(parts.instance.forget_worker(parts.worker))
+    parts.instance.pool.check_consistency()
+    assert parts.requests.admit(second)
+    phases = {InstanceRole.PREFILL, InstanceRole.DECODE}
+    assert parts.planner.plan_step(parts.instance, other, phases)
+    assert [(row.start, row.num_tokens) for row in parts.plans(other)[-1].rows] == [(0, 100), (96, 4)]
+    parts.confirm(other)
+    assert [sequence.phase for sequence in (first, second)] == [Phase.DECODING, Phase.DECODING]
+    parts.instance.pool.check_consistency()
 
 
 Pair = tuple[SchedulerParts, WorkerHandle, WorkerHandle]
