@@ -15,7 +15,7 @@ import pytest
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import ConfigError, EngineDeadError, InvalidRequestError, StartupError
 from tests.support.engines import assert_no_leaks, greedy_reference, random_prompt
-from tests.support.model_zoo import VOCAB_SIZE, save_model
+from tests.support.model_zoo import VOCAB_SIZE, save_head, save_model
 
 DEADLINE_S = 60.0
 
@@ -56,6 +56,12 @@ class Models:
             self._models[name] = str(folder), save_model(folder, name)
         return self._models[name]
 
+    def head(self) -> str:
+        """Return the folder of a random EAGLE-3 head for any of them."""
+        folder = self._make_folder("head")
+        save_head(folder)
+        return str(folder)
+
     def references(self, name: str) -> list[tuple[list[int], list[int]]]:
         """Return prompts of many lengths with their greedy continuations."""
         if name not in self._references:
@@ -92,8 +98,10 @@ def llm(request: pytest.FixtureRequest, models: Models) -> Iterator[LLM]:
     """A running system of each cell; nothing may be left behind in it."""
     mode, chunk_size, name = request.param
     drafting: dict[str, str] = {}
-    if chunk_size is not None:  # by a model that is always wrong
-        drafting = {"speculation_method": "draft_model", "speculation_model": models.model("qwen3")[0]}
+    if chunk_size is not None:  # by a model or a head that is always wrong
+        is_head = mode == "disaggregated"
+        drafter = models.head() if is_head else models.model("qwen3")[0]
+        drafting = {"speculation_method": "eagle3" if is_head else "draft_model", "speculation_model": drafter}
     with LLM(models.model(name)[0], mode=mode, chunk_size=chunk_size, **SETTINGS, **drafting) as running:
         yield running
         assert_no_leaks(running)

@@ -28,7 +28,7 @@ from hbserve.server import errors, semi_pd_routes
 from hbserve.server.prometheus import render
 from hbserve.top import draw
 from tests.support.engines import HAS_MOONCAKE, assert_no_leaks, random_prompt
-from tests.support.model_zoo import save_model
+from tests.support.model_zoo import save_head, save_model
 from tests.support.paths import ROOT
 from tests.support.store_process import running_store
 
@@ -157,9 +157,10 @@ def test_replicas_beside_a_disaggregated_pair(model: str, expected: list[list[in
 
 
 async def test_rotations_and_kills_change_no_token(
-    model: str, expected: list[list[int]], store: dict[str, Any]
+    model: str, expected: list[list[int]], store: dict[str, Any], tmp_path: Path
 ) -> None:
     """100 seeded requests while the split rotates, phases are mixed and parted again, and processes are killed."""
+    save_head(tmp_path / "head")
     prompts, sampling = requests()
     sampling = with_predictions(sampling, expected)
     config = PdDisaggConfig.from_arguments(
@@ -172,7 +173,7 @@ async def test_rotations_and_kills_change_no_token(
         tpot_target_ms=30.0,  # what a mixed step may take, and whether all take part in it
         scheduler="tests.support.dawdler:Dawdler",
         speculation_method="auto",
-        speculation_model=model,
+        speculation_model=str(tmp_path / "head"),
         **(SETTINGS | store),
     )
     # A request may be in the steps of each worker that is killed, without a token in between.

@@ -24,7 +24,7 @@ from hbserve.errors import ConfigError, StartupError
 from hbserve.platform import make_platform
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager, SMAllocation
 from tests.support.engines import assert_no_leaks, greedy_reference, needs_mooncake, random_prompt
-from tests.support.model_zoo import save_model
+from tests.support.model_zoo import save_head, save_model
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -90,13 +90,20 @@ def of_one_rank(model: tuple[str, Any]) -> list[Any]:
 
 
 @pytest.fixture(scope="module", params=["unified", "disaggregated"])
-def llm(request: pytest.FixtureRequest, model: tuple[str, Any]) -> Iterator[LLM]:
+def llm(
+    request: pytest.FixtureRequest, model: tuple[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LLM]:
     """Systems of two ranks per instance; nothing may be left behind in them."""
     settings = SETTINGS | {"kv_transfer_backend": "tests.support.faulty_transfers:FailsOnceOnRank1"}
     drafting = {"speculation_method": "draft_model", "speculation_model": model[0]}
+    if request.param == "unified":
+        head = tmp_path_factory.mktemp("head")
+        save_head(head)
+        drafting = {"speculation_method": "eagle3", "speculation_model": str(head)}
     with LLM(model[0], mode=request.param, tensor_parallel_size=2, **settings, **drafting) as running:
         yield running
-        assert running.get_system_stats()["cpu_scheduler"]["speculation"]["draft_model"]["accepted_tokens"] > 0
+        drafts = running.get_system_stats()["cpu_scheduler"]["speculation"]
+        assert request.param == "unified" or drafts["draft_model"]["accepted_tokens"] > 0
         assert_no_leaks(running)
 
 
