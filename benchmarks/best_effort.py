@@ -30,7 +30,7 @@ from hbserve.bench.arguments import (
 )
 from hbserve.bench.report import versions
 from hbserve.bench.serve import ServeBenchmark
-from hbserve.bench.serve_options import ServeOptions, SloScale
+from hbserve.bench.serve_options import ALL_TARGETS, ServeOptions, SloScale
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.target import EngineTarget
 from hbserve.bench.traces import load_trace
@@ -142,7 +142,7 @@ def _options(arguments: argparse.Namespace, vocab_size: int) -> ServeOptions:
         precision=0.05,
         timeout_s=60.0,
         rate=arguments.rate,
-        tell_targets=True,
+        told_targets=ALL_TARGETS,
     )
 
 

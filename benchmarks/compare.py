@@ -34,7 +34,7 @@ from hbserve.bench.arguments import (
 from hbserve.bench.report import versions
 from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve import ServeBenchmark
-from hbserve.bench.serve_options import ServeOptions, SloScale
+from hbserve.bench.serve_options import ALL_TARGETS, ServeOptions, SloScale
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.target import EngineTarget, start_engine
 from hbserve.bench.traces import load_trace
@@ -284,7 +284,7 @@ class Comparison:
         """Search the highest rate within a time; return it with the simulator's."""
         deadline = time.monotonic() + time_s
         options = self._options
-        serve_options = self._serve_options(load)
+        serve_options = self._serve_options(system, load)
         if load.targets is None:
             benchmark = ServeBenchmark(target, dataclasses.replace(serve_options, targets=None))
             load.targets = await benchmark.measure_targets(SloScale.parse(options.slo_scale))
@@ -353,13 +353,14 @@ class Comparison:
         )
         return Setting(steps, steps, sizes, targets, self._options.attainment)
 
-    def _serve_options(self, load: _Load) -> ServeOptions:
+    def _serve_options(self, system: System, load: _Load) -> ServeOptions:
         return ServeOptions(
             source=load.source,
             seed=self._options.seed,
             sampling=SamplingParams(),
             targets=load.targets,
-            tell_targets=True,
+            # A worker with fixed chunks would size its steps by a TPOT target.
+            told_targets=ALL_TARGETS if system.chunk is None else ("ttft_ms",),
             attainment=self._options.attainment,
             precision=0.03,
             timeout_s=60.0,

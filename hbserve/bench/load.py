@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +63,8 @@ class LoadRun:
     """One run of a workload against a target.
 
     Args:
-        targets: sent along if ``tell_targets``, and used to stop early.
+        targets: used to stop early.
+        told_targets: names of those that are sent along.
         max_missed: stop as soon as more requests than this have missed; None: run to the end.
         drain_s: time that the target has to finish after the last arrival.
         on_done: called with each request that has ended.
@@ -74,7 +75,7 @@ class LoadRun:
         target: LoadTarget,
         workload: ServeWorkload,
         targets: RequestTargets | None = None,
-        tell_targets: bool = False,
+        told_targets: Sequence[str] = (),
         max_missed: int | None = None,
         drain_s: float = 120.0,
         on_done: Callable[[RequestRecord], Any] = lambda record: None,
@@ -82,8 +83,8 @@ class LoadRun:
         self._target, self._workload = target, workload
         self._targets = targets
         self._sent_targets: dict[str, float] = {}
-        if tell_targets and targets is not None:
-            named = {"ttft_ms": targets.ttft_ms, "tpot_ms": targets.tpot_ms}
+        if targets is not None:
+            named = {name: getattr(targets, name) for name in told_targets}
             self._sent_targets = {name: value for name, value in named.items() if value is not None}
         self._max_missed = max_missed
         self._drain_s = drain_s

@@ -211,7 +211,7 @@ class ServeBenchmark:
                 self._target,
                 workload,
                 self._targets,
-                options.tell_targets,
+                options.told_targets,
                 max_missed,
                 options.timeout_s,
                 lambda record: bar.update(),

@@ -29,6 +29,9 @@ from hbserve.errors import ConfigError
 from hbserve.model_spec import ModelSpec
 from hbserve.tokenizer import Tokenizer
 
+ALL_TARGETS = ("ttft_ms", "tpot_ms")
+"""Targets that a request can send to the server."""
+
 
 @dataclass(frozen=True)
 class SloScale:
@@ -69,7 +72,7 @@ class ServeOptions:
         max_runs: limit of a sweep's runs.
         rates: the rates of a sweep that does not search; see `GivenRates`.
         time_limit_s: the sweep starts no run after this time.
-        tell_targets: send each request's targets to the server.
+        told_targets: names of the targets that each request sends to the server.
         timeout_s: limit of one request.
         command: the arguments as text, for the results file.
     """
@@ -86,7 +89,7 @@ class ServeOptions:
     rate: float | None = None
     targets: RequestTargets | None = None
     slo_scale: SloScale | None = None
-    tell_targets: bool = False
+    told_targets: tuple[str, ...] = ()
     sweep: bool = False
     time_limit_s: float | None = None
     sweep_factor: float = 2.0
@@ -133,7 +136,7 @@ class ServeOptions:
             rate=arguments.rate,
             targets=targets,
             slo_scale=slo_scale,
-            tell_targets=arguments.tell_targets,
+            told_targets=ALL_TARGETS if arguments.tell_targets else (),
             sweep=arguments.sweep,
             attainment=arguments.attainment,
             precision=arguments.precision,

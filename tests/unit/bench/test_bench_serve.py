@@ -24,7 +24,7 @@ from hbserve.bench.load import LoadResult, LoadRun
 from hbserve.bench.request_batch import LengthRange
 from hbserve.bench.request_record import RequestRecord, RequestTargets, summarize
 from hbserve.bench.serve import ServeBenchmark
-from hbserve.bench.serve_options import ServeOptions, add_arguments
+from hbserve.bench.serve_options import ALL_TARGETS, ServeOptions, add_arguments
 from hbserve.bench.serve_workload import ServeWorkload, WorkloadSource, draw_arrivals
 from hbserve.bench.sweep import RateSearch, interpolated_rate
 from hbserve.bench.target import TargetError, split_in
@@ -291,7 +291,7 @@ async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:
     target = PacedTarget(0.15, refuses=True)
     workload = source(num_requests=40).workload(200.0, 5)
     targets = RequestTargets(ttft_ms=1000.0, tpot_ms=500.0)
-    result = await run_load(target, workload, targets, True)
+    result = await run_load(target, workload, targets, ALL_TARGETS)
     assert target.max_open > 20  # a closed loop would have waited for answers
     assert target.num_open == 0
     assert not result.cut_short
@@ -316,7 +316,7 @@ async def test_load_is_open_loop_and_every_request_is_accounted_for() -> None:
 async def test_a_run_that_cannot_be_good_any_more_is_cut_short() -> None:
     target = PacedTarget(60.0)
     workload = source(num_requests=1000).workload(100.0, 5)
-    result = await run_load(target, workload, RequestTargets(ttft_ms=50.0), False, 10)
+    result = await run_load(target, workload, RequestTargets(ttft_ms=50.0), (), 10)
     assert result.cut_short
     assert target.num_open == 0
     summary = summarize(result.records, RequestTargets(ttft_ms=50.0))
