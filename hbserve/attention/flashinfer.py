@@ -22,8 +22,8 @@ _MAX_SHORT_QUERIES = 128
 """Prompt tokens of a step, of all its chunks, up to which the kernel that splits the keys of a sequence computes them.
 
 FlashAttention-3's programs each have 128 queries of a head and all their keys, so few queries leave most of a GPU idle.
-On an H200, 16 queries of Qwen3-8B behind 32,768 keys take 444 µs a layer, and 54 µs if the keys are split; 128 queries 445
-and 213 µs, 256 as long either way.
+On an H200, 16 queries of Qwen3-8B behind 32,768 keys take 444 µs a layer, and 54 µs if the keys are split. 128 queries
+take 445 and 213 µs, and 256 as long either way.
 """
 _NUM_SCHEDULE_BUFFERS = 8
 """Host buffers for schedules: the copy of one to the device may still be pending when later steps are planned."""
