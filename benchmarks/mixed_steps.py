@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         {
             "mode": "unified",
             "model": {"path": str(find_model(arguments.model)), "load_format": "dummy"},
-            "performance": {"max_num_seqs": 64, "num_blocks": _NUM_BLOCKS},
+            "performance": {"max_num_seqs": 128, "num_blocks": _NUM_BLOCKS},
         }
     )
     platform = make_platform("cuda", 0, None, 1)
