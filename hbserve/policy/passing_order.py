@@ -1,11 +1,11 @@
 """The order of prompts where targets are a guess: short ones pass long ones where the long ones do not lose by it.
 
 Runs in the scheduler's process, and on the simulator's clock. First come, first served has the shortest longest wait of
-all orders, but in it short prompts wait behind long ones. So each prompt has a deadline: nearly the time at which first
-come, first served would have ended it or, if that is later, `_TAIL_SHARE` of the wait that only a tenth of the recent
-prompts would have exceeded in that order. Of the orders that keep all deadlines, the one with the shortest mean wait is
-computed (W. E. Smith, Naval Research Logistics Quarterly 3, 1956): of the prompts that may come last, the longest does,
-and so on from the end. If no prompt may, the one with the latest deadline comes last.
+all orders, but in it short prompts wait behind long ones. So each prompt has a deadline: `_FIRST_COME_SHARE` of the time
+to its end in that order or, if that is longer, `_TAIL_SHARE` of the time that a tenth of the recent prompts would have
+exceeded in it. Of the orders that keep all deadlines, the one with the shortest mean wait is computed (W. E. Smith,
+Naval Research Logistics Quarterly 3, 1956): of the prompts that may come last, the longest does, and so on from the end.
+If no prompt may, the one with the latest deadline comes last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NUM_RECENT = 256
 _TAIL = 0.9
 _TAIL_SHARE = 0.75
 """Below 1, because the recent prompts may be of a busy time: one that comes later must not wait as long."""
-_FIRST_COME_SHARE = 0.9
+_FIRST_COME_SHARE = 0.8
 """Below 1, because prompts that passed decode sooner, and make the steps of the others longer."""
 
 _Item = TypeVar("_Item")
