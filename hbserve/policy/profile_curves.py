@@ -68,8 +68,7 @@ class ProfileCurves:
             return self._decode_ms(rows, keys, percentage) / 1000
         if not rows:
             return self._prefill_ms(tokens, pairs, percentage) / 1000
-        features = (1.0, self._prefill_ms(tokens, pairs, percentage), self._decode_ms(rows, keys, percentage))
-        return self._mixed.predict(features) / 1000
+        return self._mixed.predict(self._mixed_features(rows, keys, tokens, pairs, percentage)) / 1000
 
     def added_prompt_s(self, tokens: float, pairs: float) -> float:
         """Bound from below what prompt tokens add to the steps of a whole device, in whichever steps they are.
@@ -86,15 +85,21 @@ class ProfileCurves:
     def _decode_ms(self, rows: float, keys: float, percentage: int) -> float:
         return self._decode.ms((1.0, rows, keys), percentage)
 
+    def _mixed_features(
+        self, rows: float, keys: float, tokens: float, pairs: float, percentage: int
+    ) -> tuple[float, float, float]:
+        """Return the parts of a step with both: what is fixed, all tokens in one product, and decode's attention."""
+        attention_ms = self._decode_ms(rows, keys, percentage) - self._decode_ms(rows, 0, percentage)
+        return 1.0, self._prefill_ms(tokens + rows, pairs, percentage), attention_ms
+
     def _fit_mixed(self) -> LeastSquares:
-        """Fit steps with both: they take less than the sum of both, because they read the weights once."""
-        fit = LeastSquares((0.0, 1.0, 0.8), (5.0, 0.2, 0.4))
+        """Fit steps with both. A decode row costs as much as a prompt token, and its attention as in a decode step."""
+        fit = LeastSquares((0.0, 1.0, 1.0), (5.0, 0.1, 0.4))
         samples = []
         for point in self.profile.mixed:
             _, rows, keys = _decode_features(point)
             _, tokens, pairs = _prefill_features(point)
-            prefill_ms = self._prefill_ms(tokens, pairs, point.percentage)
-            samples.append(((1.0, prefill_ms, self._decode_ms(rows, keys, point.percentage)), point.ms))
+            samples.append((self._mixed_features(rows, keys, tokens, pairs, point.percentage), point.ms))
         return _fit(fit, samples)
 
     # --- side by side ----------------------------------------------------------------------------
