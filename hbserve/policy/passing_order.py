@@ -1,10 +1,10 @@
 """The order of prompts where targets are a guess: short ones pass long ones where the long ones do not lose by it.
 
 Runs in the scheduler's process, and on the simulator's clock. First come, first served has the shortest longest wait of
-all orders, but in it short prompts wait behind long ones. So each prompt has a deadline: `_FIRST_COME_SHARE` of the time
-to its end in that order or, if that is longer, `_TAIL_SHARE` of the time that a tenth of the recent prompts would have
+all orders, but short prompts wait behind long ones. So each prompt has a deadline: `_FIRST_COME_SHARE` of its time
+to the end in that order or, if that is longer, `_TAIL_SHARE` of the time that a tenth of the recent prompts would have
 exceeded in it. Of the orders that keep all deadlines, the one with the shortest mean wait is computed (W. E. Smith,
-Naval Research Logistics Quarterly 3, 1956): of the prompts that may come last, the longest does, and so on from the end.
+Naval Research Logistics Quarterly 3, 1956): of the prompts that may come last, the longest does, and so on backwards.
 If no prompt may, the one with the latest deadline comes last.
 """
 
