@@ -31,6 +31,10 @@ _TAIL_TOKENS = 24
 _INTERVAL_S = 0.2
 """Time between requests beside streams."""
 _BLOCK_SIZE = 16
+_SETTLE_S = 6.0
+"""Time for what a worker does after it is ready, while it has no steps: pinning host memory, capturing graphs."""
+_STORE_S = 0.3
+"""Time in which what was computed last is stored."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +159,7 @@ async def _system(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     async with DisaggregatedLLM(config) as llm:
         print(f"ready after {time.perf_counter() - began:.1f} s", flush=True)
+        await asyncio.sleep(_SETTLE_S)
         probe = _Probe(llm)
         ttft = [await probe.ttft(length, arguments.repeats) for length in arguments.prompt_lens]
         itl = await probe.itl(num_streams, arguments.seconds, min(arguments.prompt_lens))
@@ -193,7 +198,7 @@ class _Probe:
             length = min(total * _BLOCK_SIZE, 8192, self._llm.engine.max_model_len - _BLOCK_SIZE)
             await self.request(self.prompt(length))
             total -= length // _BLOCK_SIZE
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(_STORE_S)
 
     async def ttft(self, length: int, repeats: int) -> dict[str, float]:
         """Measure prompts of one length: computed, cached, and loaded."""
@@ -202,6 +207,7 @@ class _Probe:
         for _ in range(repeats):
             prompt = self.prompt(length)
             times["computed"].append((await self.request(prompt))[0])
+            await asyncio.sleep(_STORE_S)
             times["cached"].append((await self.request(prompt))[0])
             await self.evict()
             ttft_s, cached = await self.request(prompt)
