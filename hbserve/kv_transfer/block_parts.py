@@ -94,10 +94,15 @@ class BlockParts:
         """Compute one 64-bit number for each block's part, see `checksums_of`."""
         num_bytes = self.part_bytes(part)
         sums: list[int] = []
-        if part.count == 1 and self.kv_blocks.is_cuda and num_bytes % _WORD_BYTES == 0:
-            index = torch.tensor(block_ids, device=self.kv_blocks.device)
-            in_place: list[int] = _checksums(self.kv_blocks.view(torch.int64), index).tolist()
-            return in_place
+        if part.count == 1 and num_bytes % _WORD_BYTES == 0:  # where they lie
+            arena = self.kv_blocks.view(torch.int64)
+            if self.kv_blocks.is_cuda:
+                index = torch.tensor(block_ids, device=self.kv_blocks.device)
+                sums = _checksums(arena, index).tolist()
+                return sums
+            for _, start, count in _runs(block_ids):
+                sums += _checksums(arena[start : start + count], None).tolist()
+            return sums
         for start in range(0, len(block_ids), _MAX_BLOCKS):
             batch = block_ids[start : start + _MAX_BLOCKS]
             buffer = torch.empty(len(batch), num_bytes, dtype=torch.uint8, device=self.kv_blocks.device)
