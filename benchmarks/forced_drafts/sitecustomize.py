@@ -22,12 +22,13 @@ _FILE = os.environ.get("HBSERVE_FORCED_DRAFTS", "")
 
 
 def _force(module: ModuleType) -> None:
-    original = module.ModelDrafter.draft
+    original = module.ModelDrafter.with_guesses
     known: dict[str, Any] = {"changed": 0}
     rng = random.Random(0)
 
-    def draft(self: Any, rows: list[Any], vocab_size: int, take_turn: Any) -> Any:
-        filled, drafted = original(self, rows, vocab_size, take_turn)
+    def with_guesses(self: Any, drafting: Any, vocab_size: int) -> Any:
+        rows = drafting.rows
+        filled, drafted = original(self, drafting, vocab_size)
         asked = [place for place, row in enumerate(rows) if row.num_to_draft]
         if not asked:
             return filled, drafted
@@ -46,7 +47,7 @@ def _force(module: ModuleType) -> None:
             guesses += forced
         return filled, drafted._replace(token_ids=guesses)
 
-    module.ModelDrafter.draft = draft
+    module.ModelDrafter.with_guesses = with_guesses
 
 
 class _Loader(importlib.abc.Loader):

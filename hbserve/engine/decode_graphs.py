@@ -284,8 +284,19 @@ class DecodeGraphs:
             and max(row.start + row.num_drafts for row in rows) < self._max_seq_len
         )
 
+    def are_plain(self, rows: list[PlanRow]) -> bool:
+        """Return whether the samples of rows need nothing but the graph: what is sampled does not depend on guesses."""
+        slots = np.array([row.slot for row in rows], np.int64)
+        starts = np.array([row.start for row in rows], np.int64)
+        return bool((self._table.plain_sampling[slots] & (starts + 1 >= self._table.min_end_positions[slots])).all())
+
     def launch(
-        self, rows: list[PlanRow], take_turn: Callable[[], StepBoard | None], timer: StepTimer, rounds: int = 1
+        self,
+        rows: list[PlanRow],
+        take_turn: Callable[[], StepBoard | None],
+        timer: StepTimer,
+        rounds: int = 1,
+        with_guesses: Callable[[], list[PlanRow]] | None = None,
     ) -> tuple[Sampled, list[int]]:
         """Launch a step that `fits`; its blocks have been appended.
 
@@ -294,6 +305,8 @@ class DecodeGraphs:
             take_turn: called when everything is prepared; the device may begin when it returns. It returns the board
                 with the tokens that other workers have sampled.
             timer: started when the device gets its work.
+            with_guesses: called last; it returns the rows with their guesses, which are `TO_BE_DRAFTED` so far. Only
+                for rows that `are_plain`. None: all guesses are known.
 
         Returns:
             The sampled tokens in the order of the rows, and the number of logprobs of each sample.
@@ -324,9 +337,7 @@ class DecodeGraphs:
         padded_slots = np.full(size, table.padding_slot, np.int64)
         padded_slots[:num_rows] = fed_slots
         elsewhere = np.flatnonzero(np.array([row.sampled_elsewhere for row in rows])[samples.rows])
-        token_ids = np.array(
-            [token for row in rows for token in ((_FED_BACK,) if row.token_ids is None else row.token_ids)], np.int64
-        )
+        token_ids = _token_ids(rows)
         arrays = {
             "token_ids": token_ids,
             "positions": starts,
@@ -343,6 +354,9 @@ class DecodeGraphs:
         if elsewhere.size:
             assert board is not None, "a worker without a board has sampled every token itself"
             token_ids[elsewhere] = board.tokens(slots[elsewhere], starts[elsewhere])
+            self._inputs.fill_in_tokens(token_ids)
+        if with_guesses is not None:
+            token_ids = _token_ids(with_guesses())
             self._inputs.fill_in_tokens(token_ids)
         self._check_tokens(slots, starts, token_ids)
         timer.start()
@@ -364,6 +378,61 @@ class DecodeGraphs:
         sampled = sample(self._decoder.all_logits(self._logits[:num_rows]), batch)
         table.note_sampled(tensors["slots"], sampled.token_ids, batch.penalties)
         return sampled, num_logprobs
+
+    def launch_chain(self, rows: list[PlanRow], counts: list[int]) -> list[torch.Tensor]:
+        """Launch passes of a draft model that follow each other: each reads the token that the one before has sampled.
+
+        The host prepares all of them at once.
+
+        Args:
+            rows: of the first pass, which `fits`; each has the one token that was sampled last.
+            counts: of passes of each row, at least 1. A row with fewer than others stays at its last token then.
+
+        Returns:
+            The sampled tokens of each pass, int64 ``[rows]``.
+        """
+        table, page = self._table, self._block_size
+        num_rows, size = len(rows), self.sizes.choose(len(rows))
+        graph = self._graphs[size]
+        slots = np.array([row.slot for row in rows], np.int64)
+        starts = np.array([row.start for row in rows], np.int64)
+        numbers, ends = np.arange(max(counts))[:, None], np.array(counts)
+        positions = starts + np.minimum(numbers, ends - 1)
+        last = positions[-1]
+        self._check(slots, last)
+        fed_back = np.full(num_rows, _FED_BACK, np.int64)
+        self._check_tokens(slots, starts, fed_back)
+        block_tables = table.block_tables[slots, : int(last.max()) // page + 1]
+        blocks = block_tables[np.arange(num_rows), positions // page].astype(np.int64)
+        stored = np.where(numbers < ends, blocks * page + positions % page, -1)
+        context_lens, block_tables = _pad(last + 1, block_tables, size)
+        pages = PageTables.build(context_lens, block_tables, page)
+        padded_slots = np.full(size, table.padding_slot, np.int64)
+        padded_slots[:num_rows] = slots
+        arrays = {
+            "token_ids": fed_back,
+            "positions": starts,
+            "num_stored": starts,
+            "slots": padded_slots,
+            "slot_mapping": stored[0],
+            "seeds": table.seeds[slots],
+            "temperatures": table.temperature[slots],
+            "indptr": pages.indptr,
+            **_pieces(self._attention, context_lens),
+        }
+        self._inputs.fill(arrays, pages.indices, size)
+        self._inputs.copy()
+        tensors = to_device({"positions": positions, "slot_mapping": stored}, self._logits.device)
+        sampled = []
+        for number in range(len(positions)):
+            if number:
+                self._inputs.tensor("positions", num_rows).copy_(tensors["positions"][number])
+                self._inputs.tensor("num_stored", num_rows).copy_(tensors["positions"][number])
+                self._inputs.tensor("slot_mapping", num_rows).copy_(tensors["slot_mapping"][number])
+            graph.graph.replay()
+            sampled.append(graph.token_ids[:num_rows].clone())
+        table.next_positions[slots] = UNKNOWN_POSITION
+        return sampled
 
     def _may_repeat(self, rows: list[PlanRow], rounds: int) -> bool:
         """Whether all rounds can be launched before a result is known; their samples must be plain."""
@@ -441,6 +510,12 @@ def draft_batch_sizes(max_rows: int) -> list[int]:
     """Return the batch sizes to capture for a draft model: its steps are short, and all are captured at the start."""
     sizes = [1 << power for power in range(max_rows.bit_length())]
     return [*(size for size in sizes if size < max_rows), max_rows]
+
+
+def _token_ids(rows: list[PlanRow]) -> npt.NDArray[np.int64]:
+    """Return the tokens of rows, one after the other."""
+    fed_back = (_FED_BACK,)
+    return np.array([token for row in rows for token in (row.token_ids or fed_back)], np.int64)
 
 
 def _pad(

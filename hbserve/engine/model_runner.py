@@ -17,7 +17,7 @@ from hbserve.attention import select_attention_backend
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.engine.arenas import ArenaAttachment, attach_arenas, check_fp8, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
-from hbserve.engine.draft_model.drafter import ModelDrafter
+from hbserve.engine.draft_model.drafter import Drafting, ModelDrafter
 from hbserve.engine.draft_model.head_drafter import make_drafter
 from hbserve.engine.expert_loads import ExpertLoads
 from hbserve.engine.grammar_table import GrammarTable
@@ -359,9 +359,12 @@ class ModelRunner:
         if self._drafter is not None:
             for state in plan.new_sequences:
                 self._drafter.install(state)
-            rows, drafted = self._drafter.draft(
-                rows, self.spec.vocab_size, functools.partial(self._wait_for_turn, plan)
-            )
+            drafting = self._drafter.begin(rows, functools.partial(self._wait_for_turn, plan))
+            graphs = None if drafting is None else self._graphs
+            if drafting is not None and graphs is not None and graphs.fits(rows) and graphs.are_plain(rows):
+                return self._launch_with_guesses(plan, drafting, graphs, timer)
+            if drafting is not None:
+                rows, drafted = self._drafter.with_guesses(drafting, self.spec.vocab_size)
         self._table.grammars.advance(rows)
         if not rows:
             return PendingStep(plan, None, [], timer)
@@ -391,6 +394,21 @@ class ModelRunner:
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, batch.sampling.penalties)
         missing, forced = self._table.grammars.take_missing(), self._table.grammars.take_forced()
         return PendingStep(plan, sampled, batch.num_logprobs, timer, scores, missing, drafted, forced)
+
+    def _launch_with_guesses(
+        self, plan: StepPlan, drafting: Drafting, graphs: DecodeGraphs, timer: StepTimer
+    ) -> PendingStep:
+        """Launch a step whose guesses are being made: the host prepares all but their tokens meanwhile."""
+        assert self._drafter is not None, "something makes the guesses"
+        drafter, found = self._drafter, []
+
+        def with_guesses() -> list[PlanRow]:
+            found.append(drafter.with_guesses(drafting, self.spec.vocab_size))
+            return found[0][0]
+
+        take_turn = functools.partial(self._wait_for_turn, plan)
+        sampled, num_logprobs = graphs.launch(plan.rows, take_turn, timer, with_guesses=with_guesses)
+        return PendingStep(plan, sampled, num_logprobs, timer, drafted=found[0][1])
 
     def _wait_for_turn(self, plan: StepPlan) -> StepBoard | None:
         """Wait for the other worker's step that must come first; return the board with the tokens sampled elsewhere."""

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbserve.attention.base import Attention
-from hbserve.layers.ops import ResidualStream
+from hbserve.layers.linear import PlainLinear
+from hbserve.layers.ops import LayerOps, ResidualStream
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.models.decoder import Decoder
 from hbserve.models.eagle3_spec import Eagle3Spec, target_token_ids
@@ -50,11 +51,12 @@ class HiddenTaps:
 
     Args:
         weights: of the head.
+        ops: of the head's layer.
     """
 
-    def __init__(self, spec: Eagle3Spec, weights: Mapping[str, Tensor], store: FeatureStore) -> None:
-        self.layers = spec.tapped_layers
-        self._fc, self._norm, self._eps = weights["fc"], weights.get("fc_norm"), spec.layer.norm_eps
+    def __init__(self, spec: Eagle3Spec, weights: Mapping[str, Tensor], store: FeatureStore, ops: LayerOps) -> None:
+        self.layers, self._ops = spec.tapped_layers, ops
+        self._fc, self._norm, self._eps = PlainLinear(weights["fc"]), weights.get("fc_norm"), spec.layer.norm_eps
         self._store, self._first, self._last = store, min(spec.tapped_layers), max(spec.tapped_layers)
         self._joined: Tensor | None = None
 
@@ -79,7 +81,7 @@ class HiddenTaps:
             joined, self._joined = self._joined, None
             if self._norm is not None:
                 joined = F.rms_norm(joined, (joined.shape[1],), self._norm, self._eps)
-            self._store.rows.index_copy_(0, self._store.places(slots), F.linear(joined, self._fc))
+            self._store.rows.index_copy_(0, self._store.places(slots), self._ops.linear(joined, self._fc))
 
 
 class Eagle3Head(Decoder):
@@ -97,6 +99,11 @@ class Eagle3Head(Decoder):
         self._draft_vocab_size, self._norm_before_residual = spec.draft_vocab_size, spec.norm_before_residual
         self._embedding_norm = weights["embedding_norm"]
         self._token_ids = target_token_ids(weights["token_map"]) if spec.has_token_map else None
+
+    @property
+    def ops(self) -> LayerOps:
+        """The operations of its layer."""
+        return self._ops
 
     @property
     def num_logits(self) -> int:

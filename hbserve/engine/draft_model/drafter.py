@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import torch
@@ -36,6 +36,19 @@ from hbserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from hbserve.engine.decode_graphs import DecodeGraphs
+
+
+class Drafting(NamedTuple):
+    """A step's guesses that are being made.
+
+    Attributes:
+        rows: of the plan. timer: started with the first pass.
+        passes: of each, tokens on the device, and the places of those that are guesses.
+    """
+
+    rows: list[PlanRow]
+    passes: list[tuple[torch.Tensor, list[int]]]
+    timer: StepTimer
 
 
 class ModelDrafter:
@@ -102,10 +115,15 @@ class ModelDrafter:
         guess = [TO_BE_DRAFTED] * 2
         row = PlanRow(0, 1, 3, [0, *guess], [], True, num_drafts=2)
         for unread in (None, [0]):
-            self.draft([msgspec.structs.replace(row, unread=unread)], self._decoder.spec.vocab_size, lambda: None)
+            self._rehearse(msgspec.structs.replace(row, unread=unread))
         graphs, self._graphs = self._graphs, None
-        self.draft([row], self._decoder.spec.vocab_size, lambda: None)
+        self._rehearse(row)
         self._graphs = graphs
+
+    def _rehearse(self, row: PlanRow) -> None:
+        drafting = self.begin([row], lambda: None)
+        assert drafting is not None, "the row asks for guesses"
+        self.with_guesses(drafting, self._decoder.spec.vocab_size)
 
     def install(self, state: SequenceState) -> None:
         """Take a sequence in, in place of whatever its slot had. Guesses are sampled by temperature alone."""
@@ -113,41 +131,70 @@ class ModelDrafter:
         plain = {"sampling": sampling, "end_token_ids": [], "min_end_position": 0, "history": None}
         self._table.install(msgspec.structs.replace(state, **plain))
 
-    def draft(
-        self, rows: list[PlanRow], vocab_size: int, take_turn: Callable[[], object]
-    ) -> tuple[list[PlanRow], Drafted | None]:
-        """Read and guess what a plan's rows ask for; call it for every plan, because it notes new blocks, too.
+    def begin(self, rows: list[PlanRow], take_turn: Callable[[], object]) -> Drafting | None:
+        """Launch what a plan's rows ask for, to be read and guessed; call it for every plan: it notes new blocks, too.
 
         Args:
-            vocab_size: of the model that verifies the guesses.
             take_turn: called before anything is computed; the device may begin when it returns.
 
         Returns:
-            The rows with all guesses in their places, and what was done; None: nothing was.
+            None: there is nothing to do.
         """
         self._table.append_new_blocks(rows)
         drafting = [row for row in rows if row.num_to_draft]
         reading = [row for row in rows if row.unread is not None and not row.num_to_draft]
         if not drafting and not reading:
-            return rows, None
+            return None
         take_turn()
         timer = StepTimer(self._platform.device)
         passes = [self._forward([*map(_first, drafting), *map(_reading, reading)])]
-        for number in range(1, max((row.num_to_draft for row in drafting), default=0)):
-            passes.append(self._forward([_next(row, number) for row in drafting if row.num_to_draft > number]))
-        sampled = [] if not drafting else torch.cat([tokens for tokens, _ in passes]).tolist()  # waits for the device
-        guesses: dict[int, list[int]] = {row.slot: [] for row in drafting}
+        more = [row for row in drafting if row.num_to_draft > 1]
+        if more:
+            passes += self._chain([_next(row, 1) for row in more], [row.num_to_draft - 1 for row in more])
+        return Drafting(rows, passes, timer)
+
+    def with_guesses(self, drafting: Drafting, vocab_size: int) -> tuple[list[PlanRow], Drafted]:
+        """Wait for the guesses; return the rows with all of them in their places, and what was done.
+
+        Args:
+            vocab_size: of the model that verifies the guesses.
+        """
+        rows, passes = drafting.rows, drafting.passes
+        asked = [row for row in rows if row.num_to_draft]
+        sampled = [] if not asked else torch.cat([tokens for tokens, _ in passes]).tolist()  # waits for the device
+        guesses: dict[int, list[int]] = {row.slot: [] for row in asked}
         begin = 0
         for number, (tokens, places) in enumerate(passes):
-            asking = [row.slot for row in drafting if row.num_to_draft > number]
+            asking = [row.slot for row in asked if row.num_to_draft > number]
             for slot, place in zip(asking, places, strict=True):
                 token = sampled[begin + place]
                 guesses[slot].append(token if 0 <= token < vocab_size else 0)
             begin += len(tokens)
-        flat = [token for row in drafting for token in guesses[row.slot]]
-        return [_with_guesses(row, guesses[row.slot]) if row.num_to_draft else row for row in rows], Drafted(
-            flat, timer
-        )
+        flat = [token for row in asked for token in guesses[row.slot]]
+        filled = [_with_guesses(row, guesses[row.slot]) if row.num_to_draft else row for row in rows]
+        return filled, Drafted(flat, drafting.timer)
+
+    def _chain(self, rows: list[PlanRow], counts: list[int]) -> list[tuple[torch.Tensor, list[int]]]:
+        """Run the passes behind the first one, each with the tokens that the one before has sampled.
+
+        Args:
+            rows: of the first of them. counts: of passes, by row.
+
+        Returns:
+            As `_forward`, of each pass.
+        """
+        numbers = range(max(counts))
+        placed = [self._placed(row) for row in rows]
+        last = [_later(row, count - 1) for row, count in zip(placed, counts, strict=True)]
+        if self._graphs is not None and self._graphs.fits(placed) and self._graphs.fits(last):
+            tokens = self._graphs.launch_chain(placed, counts)
+            places = [[place for place, count in enumerate(counts) if count > number] for number in numbers]
+            return [*zip(tokens, places, strict=True)]
+        passes = []
+        for number in numbers:
+            going_on = [row for row, count in zip(rows, counts, strict=True) if count > number]
+            passes.append(self._forward([_later(row, number) for row in going_on]))
+        return passes
 
     def _forward(self, rows: list[PlanRow]) -> tuple[torch.Tensor, list[int]]:
         """Run a forward pass; the token that each row samples last is fed back to its slot.
@@ -169,6 +216,10 @@ class ModelDrafter:
         sampled = sample(self._decoder.logits(hidden[batch.sampled_tokens]), self._sampling(batch))
         self._table.note_sampled(batch.sampled_slots, sampled.token_ids, None)
         return sampled.token_ids, [*range(len(sampled.token_ids))]
+
+    def _placed(self, row: PlanRow) -> PlanRow:
+        """Return a row where its KV lies."""
+        return row
 
     def _hidden(self, rows: list[PlanRow], batch: StepBatch) -> torch.Tensor:
         """Compute hidden states of a batch that attention has begun."""
@@ -194,6 +245,11 @@ def _next(row: PlanRow, number: int) -> PlanRow:
     """Return the row of the pass that makes the guess of this number, from 0."""
     last = row.start + row.num_tokens - row.num_drafts - 1
     return PlanRow(row.slot, last + number, 1, None, [], sample=True)
+
+
+def _later(row: PlanRow, number: int) -> PlanRow:
+    """Return the row of one token so many passes later."""
+    return msgspec.structs.replace(row, start=row.start + number)
 
 
 def _reading(row: PlanRow) -> PlanRow:

@@ -60,7 +60,7 @@ class HeadDrafter(ModelDrafter):
         decoder = Eagle3Head(head, weights, model.embedding, model.parallel)
         block_size = arenas.part.layout.block_size
         store = FeatureStore(arenas.features, num_blocks * block_size, head.layer.hidden_size, decoder.embedding.dtype)
-        model.taps = HiddenTaps(head, weights, store)
+        model.taps = HiddenTaps(head, weights, store, decoder.ops)
         self._head = HeadPass(decoder, store, table.max_num_seqs + 1)
         self._starts = np.zeros(table.max_num_seqs, np.int64)
         super().__init__(config, arenas, decoder, table, num_blocks, platform)
@@ -75,10 +75,10 @@ class HeadDrafter(ModelDrafter):
             self._head.noise_offsets[state.slot] = start + 1
 
     def _forward(self, rows: list[PlanRow]) -> tuple[torch.Tensor, list[int]]:
-        shifted = [row for row in map(self._shifted, rows) if row.num_tokens]
-        return super()._forward(shifted) if shifted else (self._table.last_token_ids[:0], [])
+        placed = [row for row in map(self._placed, rows) if row.num_tokens]
+        return super()._forward(placed) if placed else (self._table.last_token_ids[:0], [])
 
-    def _shifted(self, row: PlanRow) -> PlanRow:
+    def _placed(self, row: PlanRow) -> PlanRow:
         """Return a row where the head has it; a token whose feature is missing falls out."""
         start = row.start - 1 - int(self._starts[row.slot])
         if start >= 0:
