@@ -114,6 +114,7 @@ def _decode_attention(num_rows: int, context: int) -> dict[str, Any]:
             DecodeInputs(
                 pieces=torch.from_numpy(cut.pieces).cuda(),
                 first_piece=torch.from_numpy(cut.first_piece).cuda(),
+                first_row=torch.arange(num_rows + 1, dtype=torch.int32, device="cuda"),
                 indptr=torch.arange(0, num_pages + 1, context // 16, dtype=torch.int32, device="cuda"),
                 indices=torch.randperm(num_pages, device="cuda").to(torch.int32),
                 positions=positions,

@@ -1,14 +1,15 @@
 """Cuts a decode step's attention into pieces that GPU programs compute side by side.
 
 The contexts of a batch differ in length by up to a hundred times. A piece is at most `chunk_len` consecutive tokens
-of one sequence; one program per KV head attends to it. Example: three rows, ``chunk_len`` 4, one column per token::
+of one run; one program per KV head attends to it. A run is a sequence with one new token or a few
+(`hbserve.attention.paged_decode`). Example: three runs, ``chunk_len`` 4, one column per token::
 
-    row 0   |0 0 0 0|0 0|                      splits 0, 1
-    row 1   |1 1 1|                            split  0
-    row 2   |2 2 2 2|2 2 2 2|2|                splits 0, 1, 2
+    run 0   |0 0 0 0|0 0|                      splits 0, 1
+    run 1   |1 1 1|                            split  0
+    run 2   |2 2 2 2|2 2 2 2|2|                splits 0, 1, 2
 
-    pieces       (0,0) (2,0) (2,1) (1,0) (0,1) (2,2)  -1 ...     (row, split), longest first, padded to `capacity`
-    first_piece    0     2     3                                 pieces of all rows above; one entry per row
+    pieces       (0,0) (2,0) (2,1) (1,0) (0,1) (2,2)  -1 ...     (run, split), longest first, padded to `capacity`
+    first_piece    0     2     3                                 pieces of all runs above; one entry per run
 
 The GPU starts programs in this order, as many at a time as it has room for, and each program that ends makes room for
 the next ("longest processing time first", Graham 1969). A step ends with its last program, so `PieceCutter.chunk_len`
@@ -27,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_SPLITS = 64
-"""Maximum number of pieces of one sequence; a piece is packed as ``row * MAX_SPLITS + split``."""
+"""Maximum number of pieces of one run; a piece is packed as ``run * MAX_SPLITS + split``."""
 
 MAX_SMALL_BATCH_PROGRAMS = 16
 """Maximum rows times KV heads of a small batch: its pieces are a few tokens long, because only latency matters."""
@@ -56,15 +57,29 @@ divided by the number of pieces that fit on the GPU at a time; 0.515 makes two p
 _SMS_OF_H200 = 132
 
 
+def join_rows(places: npt.NDArray[np.int64], size: int, max_run_rows: int) -> npt.NDArray[np.int32]:
+    """Join a batch's rows to runs.
+
+    Args:
+        places: ``[rows]``, the place of each row's token among the new tokens of its sequence: 0, 1, ...
+        size: rows of the batch with padding, which comes last; a row of padding is a run.
+
+    Returns:
+        ``[runs + 1]``; run i is rows ``first_row[i] .. first_row[i + 1] - 1``, at most ``max_run_rows``.
+    """
+    padding = np.arange(len(places), size + 1)
+    return np.append(np.flatnonzero(places % max_run_rows == 0), padding).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class Pieces:
     """A batch in pieces.
 
     Attributes:
-        chunk_len: tokens of a piece; the last piece of a row may have fewer.
-        pieces: int32 ``[capacity]``. Each entry is ``row * MAX_SPLITS + split`` and covers the row's tokens from
+        chunk_len: tokens of a piece; the last piece of a run may have fewer.
+        pieces: int32 ``[capacity]``. Each entry is ``run * MAX_SPLITS + split`` and covers the run's tokens from
             ``split * chunk_len``. Sorted by falling number of tokens; -1 behind the last piece.
-        first_piece: int32 ``[rows]``, the number of pieces of all rows before this one.
+        first_piece: int32 ``[runs]``, the number of pieces of all runs before this one.
     """
 
     chunk_len: int
@@ -77,7 +92,7 @@ class PieceCutter:
     """A cutter for batches of one padded size.
 
     Attributes:
-        num_rows: rows of a batch, at least 1.
+        num_rows: rows of a batch, at least 1; it has at most as many runs.
         num_kv_heads: programs per piece.
         block_tokens: tokens that a program loads at a time; a chunk is a whole number of blocks.
         num_multiprocessors: multiprocessors of the GPU, or of the process's share of it.
@@ -109,28 +124,28 @@ class PieceCutter:
         return self.num_rows + min(self._extra_programs, (MAX_SPLITS - 1) * self.num_rows)
 
     def cut(self, context_lens: npt.NDArray[np.int32]) -> Pieces:
-        """Cut a batch with context lengths ``[num_rows]``, each at least 1."""
+        """Cut a batch whose runs have context lengths ``[runs]``, each at least 1."""
         chunk_len = self.chunk_len(context_lens)
         pieces = np.full(self.capacity, -1, np.int32)
-        if self.num_rows == 1:  # the step of one stream is short; this takes a fifth of the time
+        if len(context_lens) == 1:  # the step of one stream is short; this takes a fifth of the time
             count = -(-int(context_lens[0]) // chunk_len)
             pieces[:count] = np.arange(count)
             return Pieces(chunk_len, pieces, np.zeros(1, np.int32))
         counts = -(-context_lens // chunk_len)
         ends = np.cumsum(counts)
         first_piece = ends - counts
-        rows = np.repeat(np.arange(self.num_rows), counts)
-        splits = np.arange(len(rows)) - first_piece[rows]
-        lens = np.minimum(context_lens[rows] - splits * chunk_len, chunk_len)
-        # Pieces of one length are sorted by split, so a batch of equal rows starts with the first piece of every row.
+        runs = np.repeat(np.arange(len(context_lens)), counts)
+        splits = np.arange(len(runs)) - first_piece[runs]
+        lens = np.minimum(context_lens[runs] - splits * chunk_len, chunk_len)
+        # Pieces of one length are sorted by split, so a batch of equal runs starts with the first piece of every run.
         order = np.argsort(splits - lens * MAX_SPLITS, kind="stable")
-        pieces[: len(rows)] = (rows * MAX_SPLITS + splits)[order]
+        pieces[: len(runs)] = (runs * MAX_SPLITS + splits)[order]
         return Pieces(chunk_len, pieces, first_piece.astype(np.int32))
 
     def chunk_len(self, context_lens: npt.NDArray[np.int32]) -> int:
         """Choose the chunk length whose pieces fit into `capacity` and end earliest."""
         longest, total = int(context_lens.max()), int(context_lens.sum())
-        # Only the last piece of a row is shorter than a chunk, so there are fewer than rows + total / chunk pieces.
+        # Only the last piece of a run is shorter than a chunk, so there are fewer than runs + total / chunk pieces.
         min_tokens = max(longest / MAX_SPLITS, total / self._extra_programs)
         if self._is_small:
             share = min(1.0, self.num_multiprocessors / _SMS_OF_H200)
@@ -152,15 +167,16 @@ class PieceCutter:
         the longest piece.
         """
         width = self._num_concurrent
-        num_whole_of_row = (context_lens - 1) // chunk_lens[:, None]
-        num_whole = num_whole_of_row.sum(axis=1)
-        rounds = -(-(int(num_whole.max()) + self.num_rows) // width)
-        # One row per chunk length: the last pieces of all rows, then the whole pieces, then zeros.
+        num_runs = len(context_lens)
+        num_whole_of_run = (context_lens - 1) // chunk_lens[:, None]
+        num_whole = num_whole_of_run.sum(axis=1)
+        rounds = -(-(int(num_whole.max()) + num_runs) // width)
+        # One row per chunk length: the last pieces of all runs, then the whole pieces, then zeros.
         lens = np.zeros((len(chunk_lens), rounds * width), np.int32)
-        tails = context_lens - num_whole_of_row * chunk_lens[:, None] + _PIECE_COST_TOKENS
+        tails = context_lens - num_whole_of_run * chunk_lens[:, None] + _PIECE_COST_TOKENS
         index = np.arange(rounds * width)
-        np.copyto(lens, (chunk_lens + _PIECE_COST_TOKENS)[:, None], where=index < self.num_rows + num_whole[:, None])
-        lens[:, : self.num_rows] = tails
+        np.copyto(lens, (chunk_lens + _PIECE_COST_TOKENS)[:, None], where=index < num_runs + num_whole[:, None])
+        lens[:, :num_runs] = tails
         lens.sort(axis=1)
         # The longest pieces, in rounds beyond _MAX_ROUNDS, are so many that they spread evenly over all places.
         end = min(rounds, _MAX_ROUNDS) * width

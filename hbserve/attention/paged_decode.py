@@ -1,14 +1,18 @@
-"""Attention of one query per sequence over the paged KV cache, as a Triton kernel.
+"""Attention of a few queries per sequence over the paged KV cache, as a Triton kernel.
 
 Decoding is bound by reading keys and values, so the kernel must keep enough reads in flight. The host cuts sequences
 into pieces (`hbserve.attention.decode_pieces`). The grid is ``[KV heads, capacity]``: program ``(h, p)`` computes the
 query heads of KV head h over piece p, and returns at once if there is no piece p::
 
-    pieces   (0,0) (2,0) (2,1) (1,0) ... -1 -1        (row, split) of each p; this order is also the launch order
+    pieces   (0,0) (2,0) (2,1) (1,0) ... -1 -1        (run, split) of each p; this order is also the launch order
 
-    row 1, one piece        result ─────────────────────────────────────────────────────► out
-    row 2, three pieces     result, log-sum-exp ─► partial[first_piece + split], then counter[row, h] += 1
+    run 1, one piece        result ─────────────────────────────────────────────────────► out
+    run 2, three pieces     result, log-sum-exp ─► partial[first_piece + split], then counter[run, h] += 1
                             the program that counts the last piece merges all of them ───► out, counter = 0
+
+A *run* is one row of the batch, or consecutive rows that are consecutive tokens of one sequence, such as guesses to be
+verified. A product of tensor cores has 16 rows in any case: with 4 query heads to a KV head it computes 4 tokens in the
+time of one, and keys and values are read once for all of them.
 
 This is Flash-Decoding (Dao et al. 2023) with an atomic counter as in stream-K, so there is no second kernel. The
 pieces are data and not constants: a captured graph serves every mix of lengths.
@@ -17,7 +21,7 @@ pieces are data and not constants: a captured graph serves every mix of lengths.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +33,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.attention.base import Attention, has_unusual_scores
 from hbserve.attention.decode_pieces import MAX_SMALL_BATCH_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
+from hbserve.attention.fp8_direct import TILE_TOKENS, attend_directly
 from hbserve.float8 import FP8
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
@@ -37,8 +42,9 @@ from hbserve.platform.cuda_driver import overlaps
 _MIN_QUERY_ROWS = 16
 """Rows of the smallest matrix product that tensor cores compute."""
 
-_MERGED_VALUES = 4096
-"""Values of partial results that a warp merges at a time: 128 registers of each thread."""
+_MERGED_VALUES, _MERGED_VALUES_OF_SMALL_BATCH = 2048, 4096
+"""Values of partial results that a warp merges at a time: 64 or 128 registers of each thread. A small batch has more
+pieces of a sequence to merge, and not so many programs that their registers count."""
 
 
 @triton.jit
@@ -58,21 +64,53 @@ def _in_registers(values, operand: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def _scores(query, key, seen):  # type: ignore[no-untyped-def]
-    """Multiply queries by keys; those that are not seen get the lowest score."""
-    return tl.where(seen[None, :], tl.dot(query, tl.trans(key)), -1e30)
+def _scores(query, key, token, row_end):  # type: ignore[no-untyped-def]
+    """Multiply queries by keys; those that a row does not see get the lowest score."""
+    return tl.where(token[None, :] < row_end[:, None], tl.dot(query, tl.trans(key)), -1e30)
 
 
-@triton.jit(do_not_specialize=["capacity"])  # one kernel for many batch sizes
+@triton.jit
+def _merge(  # type: ignore[no-untyped-def]
+    partial, partial_lse, first_row, num_parts, lane, in_head,
+    group: tl.constexpr, head_dim: tl.constexpr, lanes: tl.constexpr, stride_part: tl.constexpr,
+    group_lanes: tl.constexpr, merged_parts: tl.constexpr,
+):  # fmt: skip
+    """Merge the partial results of one token's query heads, a few parts at a time."""
+    member = tl.arange(0, group_lanes)
+    highest = tl.full((group_lanes,), -1e30, tl.float32)
+    total = tl.zeros((group_lanes,), tl.float32)
+    merged = tl.zeros((group_lanes, lanes), tl.float32)
+    for begin_part in tl.range(0, num_parts, merged_parts, num_stages=1):
+        part = begin_part + tl.arange(0, merged_parts)
+        used = (member < group)[:, None] & (part < num_parts)[None, :]
+        rows = first_row + member[:, None] + part[None, :] * stride_part
+        lse = tl.load(partial_lse + rows, mask=used, other=-1e30, cache_modifier=".cg")
+        values = tl.load(
+            partial + rows[:, :, None] * head_dim + lane[None, None, :],
+            mask=used[:, :, None] & in_head[:, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_highest = tl.maximum(highest, tl.max(lse, axis=1))
+        shrink = tl.exp2(highest - new_highest)
+        share = tl.where(used, tl.exp2(lse - new_highest[:, None]), 0.0)
+        total = total * shrink + tl.sum(share, axis=1)
+        merged = merged * shrink[:, None] + tl.sum(values * share[:, :, None], axis=1)
+        highest = new_highest
+    return merged / total[:, None]
+
+
+@triton.jit
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q, cache, kv_scales, pieces, first_piece, indptr, indices, positions, num_stored, chunk_len,  # `DecodeInputs`
+    q, cache, kv_scales,
+    pieces, first_piece, first_row, indptr, indices, positions, num_stored, chunk_len,  # `DecodeInputs`
     out, partial, partial_lse, counters,  # written
     stride_block, stride_kv, stride_token,  # of the cache
-    scale, capacity,
+    scale,
     group: tl.constexpr, query_rows: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     lanes: tl.constexpr, page: tl.constexpr, block: tl.constexpr, max_splits: tl.constexpr,
     group_lanes: tl.constexpr, merged_parts: tl.constexpr, stages: tl.constexpr,
-    early: tl.constexpr, is_fp8: tl.constexpr, overlap: tl.constexpr,
+    early: tl.constexpr, is_fp8: tl.constexpr, is_direct: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     # float16 has all values of FP8, and one instruction converts two of them
@@ -85,21 +123,29 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         return
     chunk = tl.load(chunk_len)
     split = piece % max_splits
-    sequence = (piece // max_splits).to(tl.int64)
-    length = (tl.load(positions + sequence) + 1).to(tl.int32)
-    first_page = tl.load(indptr + sequence)
-    first_part = tl.load(first_piece + sequence)
+    run = piece // max_splits
+    row = tl.load(first_row + run).to(tl.int64)
+    num_tokens = (tl.load(first_row + run + 1) - row).to(tl.int32)
+    last_row = row + num_tokens - 1
+    length = (tl.load(positions + last_row) + 1).to(tl.int32)
+    first_page = tl.load(indptr + last_row)
+    first_part = tl.load(first_piece + run)
     start = split * chunk
-    if start >= length:  # the host does not know how long the row is: see hbserve.engine.rounds
+    if start >= length:  # the host does not know how long the run is: see hbserve.engine.rounds
         return
     end = tl.minimum(start + chunk, length)
-    member = tl.arange(0, query_rows)
+    member = tl.arange(0, query_rows)  # tokens times query heads of the KV head
     lane = tl.arange(0, lanes)
-    in_group = member[:, None] < group
+    token_of_member = member // group_lanes
+    is_used = (token_of_member < num_tokens) & (member % group_lanes < group)
+    in_group = is_used[:, None]
     in_head = lane[None, :] < head_dim
-    heads = sequence * num_kv_heads * group + head * group + member
+    heads = (row + token_of_member) * num_kv_heads * group + head * group + member % group_lanes
+    # a token sees those before it and itself
+    row_end = (tl.load(positions + row + token_of_member, mask=is_used, other=0) + 1).to(tl.int32)
+    row_end = tl.minimum(row_end, end)
     keys = cache + head * head_dim
-    stored = tl.load(num_stored + sequence)
+    stored = tl.load(num_stored + row)
     if early:  # load the piece's first block before the wait, without the tokens of this step
         token = start + tl.arange(0, block)
         page_id = tl.load(indices + first_page + token // page, mask=token < end, other=0).to(tl.int64)
@@ -125,28 +171,35 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         new_value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         key = tl.where(is_newest[:, None], new_key.to(operand), early_key.to(operand))
         value = tl.where(is_newest[:, None], _in_registers(new_value, operand), _in_registers(early_value, operand))
-        score = _scores(query, key, token < end)
+        score = _scores(query, key, token, row_end)
         highest = tl.max(score, axis=1)
         weight = tl.exp2(score - highest[:, None])
         total = tl.sum(weight, axis=1)
         weighted = tl.dot(weight.to(operand), value)
         begin += block
-    for at in tl.range(begin, end, block, num_stages=stages):
-        token = at + tl.arange(0, block)
-        in_piece = token < end
-        page_id = tl.load(indices + first_page + token // page, mask=in_piece, other=0).to(tl.int64)
-        offset = page_id * stride_block + (token % page) * stride_token
-        mask = in_piece[:, None] & in_head
-        key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0).to(operand)
-        value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
-        value = _in_registers(value, operand)
-        score = _scores(query, key, in_piece)
-        new_highest = tl.maximum(highest, tl.max(score, axis=1))
-        shrink = tl.exp2(highest - new_highest)
-        weight = tl.exp2(score - new_highest[:, None])
-        total = total * shrink + tl.sum(weight, axis=1)
-        weighted = weighted * shrink[:, None] + tl.dot(weight.to(operand), value)
-        highest = new_highest
+    if is_direct:
+        pages = indices + first_page
+        highest, total, weighted = attend_directly(
+            query, cache, pages, head, start, end, row_end, stride_block,
+            page, block, query_rows, num_kv_heads, head_dim,
+        )  # fmt: skip
+    else:
+        for at in tl.range(begin, end, block, num_stages=stages):
+            token = at + tl.arange(0, block)
+            in_piece = token < end
+            page_id = tl.load(indices + first_page + token // page, mask=in_piece, other=0).to(tl.int64)
+            offset = page_id * stride_block + (token % page) * stride_token
+            mask = in_piece[:, None] & in_head
+            key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0).to(operand)
+            value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
+            value = _in_registers(value, operand)
+            score = _scores(query, key, token, row_end)
+            new_highest = tl.maximum(highest, tl.max(score, axis=1))
+            shrink = tl.exp2(highest - new_highest)
+            weight = tl.exp2(score - new_highest[:, None])
+            total = total * shrink + tl.sum(weight, axis=1)
+            weighted = weighted * shrink[:, None] + tl.dot(weight.to(operand), value)
+            highest = new_highest
     result = weighted / total[:, None]
     if is_fp8:
         result *= tl.load(kv_scales + num_kv_heads + head)
@@ -154,42 +207,28 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         target = out + heads[:, None] * head_dim + lane[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=in_group & in_head)
     else:
-        # partial is [heads, capacity]; the pieces of a sequence are neighbours
-        piece_row = (head * group + member) * capacity + first_part + split
+        # partial is [capacity, KV heads, query_rows]; the pieces of a run are neighbours
+        piece_row = ((first_part + split) * num_kv_heads + head) * query_rows + member
         tl.store(partial + piece_row[:, None] * head_dim + lane[None, :], result, mask=in_group & in_head)
-        tl.store(partial_lse + piece_row, highest + tl.log2(total), mask=member < group)
+        tl.store(partial_lse + piece_row, highest + tl.log2(total), mask=is_used)
         tl.debug_barrier()  # all stores of the program come before its count
-        counter = counters + sequence * num_kv_heads + head
+        counter = counters + run * num_kv_heads + head
         num_parts = (length + chunk - 1) // chunk
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
             tl.store(counter, 0)  # for the next layer
-            merge_member = tl.arange(0, group_lanes)
-            all_highest = tl.full((group_lanes,), -1e30, tl.float32)
-            all_total = tl.zeros((group_lanes,), tl.float32)
-            merged = tl.zeros((group_lanes, lanes), tl.float32)
-            for begin_part in tl.range(0, num_parts, merged_parts, num_stages=1):
-                part = begin_part + tl.arange(0, merged_parts)
-                used = (merge_member < group)[:, None] & (part < num_parts)[None, :]
-                piece_rows = (head * group + merge_member)[:, None] * capacity + first_part + part[None, :]
-                lse = tl.load(partial_lse + piece_rows, mask=used, other=-1e30, cache_modifier=".cg")
-                values = tl.load(
-                    partial + piece_rows[:, :, None] * head_dim + lane[None, None, :],
-                    mask=used[:, :, None] & in_head[:, None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
+            for token_index in tl.range(0, num_tokens, num_stages=1):
+                first_parts = (first_part * num_kv_heads + head) * query_rows + token_index * group_lanes
+                merged = _merge(
+                    partial, partial_lse, first_parts, num_parts, lane, in_head,
+                    group, head_dim, lanes, num_kv_heads * query_rows, group_lanes, merged_parts,
+                )  # fmt: skip
+                merge_member = tl.arange(0, group_lanes)
+                merged_heads = (row + token_index) * num_kv_heads * group + head * group + merge_member
+                tl.store(
+                    out + merged_heads[:, None] * head_dim + lane[None, :],
+                    merged.to(out.dtype.element_ty),
+                    mask=(merge_member < group)[:, None] & in_head,
                 )
-                new_all_highest = tl.maximum(all_highest, tl.max(lse, axis=1))
-                shrink = tl.exp2(all_highest - new_all_highest)
-                share = tl.where(used, tl.exp2(lse - new_all_highest[:, None]), 0.0)
-                all_total = all_total * shrink + tl.sum(share, axis=1)
-                merged = merged * shrink[:, None] + tl.sum(values * share[:, :, None], axis=1)
-                all_highest = new_all_highest
-            row = sequence * num_kv_heads * group + head * group + merge_member
-            tl.store(
-                out + row[:, None] * head_dim + lane[None, :],
-                (merged / all_total[:, None]).to(out.dtype.element_ty),
-                mask=(merge_member < group)[:, None] & in_head,
-            )
 
 
 @dataclass(frozen=True)
@@ -197,8 +236,10 @@ class DecodeInputs:
     """A batch of decoding sequences, on the device.
 
     Attributes:
-        pieces, first_piece, chunk_len: int32 ``[capacity]``, ``[rows]`` and ``[1]``; see
+        pieces, first_piece, chunk_len: int32 ``[capacity]``, ``[runs]`` and ``[1]``; see
             `hbserve.attention.decode_pieces.Pieces`.
+        first_row: int32 ``[runs + 1]``; run i is rows ``first_row[i] .. first_row[i + 1] - 1``, at most
+            `PagedDecode.max_run_rows`, at consecutive positions of one sequence.
         indptr, indices: int32 ``[rows + 1]`` and ``[pages]``; see `hbserve.attention.base.PageTables`.
         positions: int64 ``[rows]``, positions of the queries; a row attends to ``position + 1`` tokens.
         num_stored: int64 ``[rows]``, tokens of the sequence from earlier steps: the position, or less if the step
@@ -208,6 +249,7 @@ class DecodeInputs:
 
     pieces: Tensor
     first_piece: Tensor
+    first_row: Tensor
     indptr: Tensor
     indices: Tensor
     positions: Tensor
@@ -217,11 +259,14 @@ class DecodeInputs:
 
 
 class PagedDecode(Attention):
-    """Decode attention of batches of up to ``max_rows`` sequences, fit for a CUDA graph.
+    """Decode attention of batches of up to ``max_rows`` rows, fit for a CUDA graph.
 
     Args:
         layout, kv_cache, kv_scales: see `Attention`.
         num_heads: query heads of this rank.
+
+    Attributes:
+        max_run_rows: maximum number of rows of a run.
     """
 
     def __init__(
@@ -229,6 +274,9 @@ class PagedDecode(Attention):
     ) -> None:
         super().__init__(layout, kv_cache, kv_scales)
         self._group = num_heads // layout.num_kv_heads
+        self._group_lanes = triton.next_power_of_2(self._group)
+        self._query_rows = max(_MIN_QUERY_ROWS, self._group_lanes)
+        self.max_run_rows = self._query_rows // self._group_lanes
         self._counters = torch.zeros(max_rows * layout.num_kv_heads, dtype=torch.int32, device=kv_cache.device)
         self._overlap = overlaps(kv_cache.device)
         # of the process's share, where CUDA MPS gives it one
@@ -254,57 +302,90 @@ class PagedDecode(Attention):
         """Maximum number of pieces of a batch of ``num_rows``."""
         return self._cutter(num_rows).capacity
 
-    def cut(self, context_lens: npt.NDArray[np.int32]) -> Pieces:
-        """Cut a batch whose rows attend to ``context_lens [rows]`` tokens, the newest one included."""
-        return self._cutter(len(context_lens)).cut(context_lens)
+    def cut(self, context_lens: npt.NDArray[np.int32], num_rows: int | None = None) -> Pieces:
+        """Cut a batch.
+
+        Args:
+            context_lens: ``[runs]``, tokens that the last row of each run attends to, itself included.
+            num_rows: of the batch; None: each run is one row.
+        """
+        return self._cutter(len(context_lens) if num_rows is None else num_rows).cut(context_lens)
 
     def _cutter(self, num_rows: int) -> PieceCutter:
-        num_kv_heads, lanes = self.layout.num_kv_heads, triton.next_power_of_2(self.layout.head_dim)
-        is_fp8 = self.kv_scales is not None
-        block, _, _, programs_per_sm = _launch_shape(num_rows * num_kv_heads, lanes, is_fp8)
-        return PieceCutter(num_rows, num_kv_heads, block, self._num_multiprocessors, programs_per_sm)
+        shape = self._launch_shape(num_rows)
+        num_kv_heads = self.layout.num_kv_heads
+        return PieceCutter(num_rows, num_kv_heads, shape.block, self._num_multiprocessors, shape.programs_per_sm)
 
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         assert self._inputs is not None, "no batch has begun"
         inputs, cache = self._inputs, self.kv_cache[:, layer]
-        num_rows, num_heads, head_dim = q.shape
-        num_kv_heads = self.layout.num_kv_heads
-        capacity = len(inputs.pieces)
-        partial = torch.empty(num_heads, capacity, head_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(num_heads, capacity, dtype=torch.float32, device=q.device)
-        lanes, group_lanes = triton.next_power_of_2(head_dim), triton.next_power_of_2(self._group)
-        is_fp8 = self.kv_scales is not None
-        block, stages, num_warps, _ = _launch_shape(num_rows * num_kv_heads, lanes, is_fp8)
+        num_rows, _, head_dim = q.shape
+        num_kv_heads, capacity = self.layout.num_kv_heads, len(inputs.pieces)
+        lse_shape = capacity, num_kv_heads, self._query_rows
+        partial = torch.empty(*lse_shape, head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+        lanes, group_lanes = triton.next_power_of_2(head_dim), self._group_lanes
+        shape = self._launch_shape(num_rows)
+        is_small = num_rows * num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS
+        merged_values = _MERGED_VALUES_OF_SMALL_BATCH if is_small else _MERGED_VALUES
         kernel: Any = _decode_kernel
         kernel[(num_kv_heads, capacity)](
             q, cache, partial_lse if self.kv_scales is None else self.kv_scales[layer],
-            inputs.pieces, inputs.first_piece, inputs.indptr, inputs.indices, inputs.positions,
+            inputs.pieces, inputs.first_piece, inputs.first_row, inputs.indptr, inputs.indices, inputs.positions,
             inputs.num_stored, inputs.chunk_len,
-            out, partial, partial_lse, self._counters, *cache.stride()[:3], head_dim**-0.5, capacity,
-            self._group, max(_MIN_QUERY_ROWS, group_lanes), num_kv_heads, head_dim,
-            lanes, self.layout.block_size, block, MAX_SPLITS,
-            group_lanes, max(1, _MERGED_VALUES * num_warps // (group_lanes * lanes)), stages,
-            num_rows * num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS, is_fp8, self._overlap,
-            num_warps=num_warps, launch_pdl=self._overlap,
+            out, partial, partial_lse, self._counters, *cache.stride()[:3], head_dim**-0.5,
+            self._group, self._query_rows, num_kv_heads, head_dim,
+            lanes, self.layout.block_size, shape.block, MAX_SPLITS,
+            group_lanes, max(1, merged_values * shape.num_warps // (group_lanes * lanes)), shape.stages,
+            is_small, self.kv_scales is not None, shape.is_direct, self._overlap,
+            num_warps=shape.num_warps, launch_pdl=self._overlap,
         )  # fmt: skip
 
+    def _launch_shape(self, num_rows: int) -> _LaunchShape:
+        layout, programs = self.layout, num_rows * self.layout.num_kv_heads
+        is_direct = (
+            layout.dtype == FP8
+            and layout.head_dim in (64, 128)
+            and layout.block_size % TILE_TOKENS == 0
+            and self._query_rows == _MIN_QUERY_ROWS
+        )
+        return _launch_shape(programs, triton.next_power_of_2(layout.head_dim), layout.dtype == FP8, is_direct)
 
-def _launch_shape(programs: int, lanes: int, is_fp8: bool) -> tuple[int, int, int, int]:
-    """Choose a program's tokens per load, loads in flight and warps, and the programs that a multiprocessor holds.
 
-    The first three come from a sweep (docs/benchmarks.md); the last follows from the kernel's registers.
+class _LaunchShape(NamedTuple):
+    """How a batch's programs run.
+
+    Attributes:
+        block: tokens per load.
+        stages: loads in flight.
+        programs_per_sm: programs that a multiprocessor holds.
+        is_direct: whether FP8 goes straight to registers.
+    """
+
+    block: int
+    stages: int
+    num_warps: int
+    programs_per_sm: int
+    is_direct: bool = False
+
+
+def _launch_shape(programs: int, lanes: int, is_fp8: bool, is_direct: bool) -> _LaunchShape:
+    """Choose the shape that was fastest in a sweep (docs/benchmarks.md); programs per SM follow from registers.
 
     Args:
         programs: rows times KV heads of the batch.
         lanes: head_dim, rounded up to a power of two.
         is_fp8: whether the cache is in FP8.
+        is_direct: whether `hbserve.attention.fp8_direct` can read it.
     """
     if lanes > 128:
-        return 32, 2, 4, 2
+        return _LaunchShape(32, 2, 4, 2)
     if programs <= MAX_SMALL_BATCH_PROGRAMS:
-        return 32, 1, 2, 4
+        return _LaunchShape(32, 1, 2, 4)
+    if is_direct:
+        return _LaunchShape(32, 1, 1, 9, is_direct=True)
     if is_fp8:  # half the bytes of a load: two must be in flight
-        return (64, 5, 2, 4) if programs < 1792 else (32, 5, 1, 7)
+        return _LaunchShape(64, 5, 2, 4) if programs < 1792 else _LaunchShape(32, 5, 1, 7)
     if programs <= 128:
-        return 32, 3, 2, 6
-    return (64, 3, 2, 4) if programs < 1792 else (32, 4, 1, 8)
+        return _LaunchShape(32, 3, 2, 6)
+    return _LaunchShape(64, 3, 2, 4) if programs < 1792 else _LaunchShape(32, 4, 1, 8)

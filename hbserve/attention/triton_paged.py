@@ -101,6 +101,7 @@ class TritonBackend(AttentionBackend):
             DecodeInputs(
                 pieces=self._on_device(cut.pieces),
                 first_piece=self._on_device(cut.first_piece),
+                first_row=self._on_device(np.arange(num_rows + 1, dtype=np.int32)),
                 indptr=self._on_device(tables.indptr[: num_rows + 1]),
                 indices=self._on_device(tables.indices[: tables.indptr[num_rows]]),
                 positions=positions,

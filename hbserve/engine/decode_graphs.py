@@ -4,7 +4,7 @@ For each of several batch sizes (`hbserve.engine.graph_sizes`) the whole step is
 pass, logits, sampling, and the copy of the sampled tokens into the sequence table. A step copies its inputs into fixed
 buffers with one transfer from pinned memory, and replays the smallest graph that holds its rows. The remaining rows are
 padding and store nothing. A sequence with a draft has a row of the graph for each of its tokens; all of them are stored
-before any is read.
+before any is read. Attention reads the sequence once for several of its rows: a run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from hbserve.attention.base import PageTables
+from hbserve.attention.decode_pieces import join_rows
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 from hbserve.engine.capture import capturing, compiling, run_to_capture
 from hbserve.engine.draft_model.head_pass import HeadPass
@@ -66,6 +67,7 @@ _FIELDS = (
     _Field("temperatures", np.float32, 0),
     _Field("pieces", np.int32, -1, per_piece=True),
     _Field("first_piece", np.int32, 0),
+    _Field("first_row", np.int32, 0),
     _Field("chunk_len", np.int32, 1),
     _Field("indptr", np.int32, 0),
 )
@@ -107,7 +109,7 @@ class _StepInputs:
         for field in _FIELDS:
             begin = self._offsets[field.name]
             array = arrays[field.name]
-            extra = 1 if field.name == "indptr" else 0
+            extra = 1 if field.name in ("indptr", "first_row") else 0
             entries = len(array) if field.per_piece else size + extra
             view = host[begin : begin + entries * np.dtype(field.dtype).itemsize].view(field.dtype)
             view[: len(array)] = array
@@ -240,6 +242,7 @@ class DecodeGraphs:
             DecodeInputs(
                 tensor("pieces", self._attention.capacity(size)),
                 tensor("first_piece", size),
+                tensor("first_row", size + 1),
                 tensor("indptr", size + 1),
                 self._inputs.indices,
                 tensor("positions", size),
@@ -253,7 +256,7 @@ class DecodeGraphs:
         arrays = {field.name: np.empty(0, field.dtype) for field in _FIELDS}
         arrays["indptr"] = np.arange(size + 1, dtype=np.int32)
         arrays["slots"] = np.full(size, self._table.padding_slot, np.int64)
-        arrays |= _pieces(self._attention, np.ones(size, np.int32))
+        arrays |= _pieces(self._attention, np.ones(size, np.int32), np.zeros(size, np.int64))
         self._inputs.fill(arrays, np.zeros(size, np.int32), size)
         self._inputs.copy()
 
@@ -347,7 +350,7 @@ class DecodeGraphs:
             "seeds": table.seeds[slots],
             "temperatures": table.temperature[slots],
             "indptr": pages.indptr,
-            **_pieces(self._attention, context_lens),
+            **_pieces(self._attention, context_lens, starts - row_starts),
         }
         self._inputs.fill(arrays, pages.indices, size)
         board = take_turn()
@@ -529,6 +532,16 @@ def _pad(
     )
 
 
-def _pieces(attention: PagedDecode, context_lens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.int32]]:
-    cut = attention.cut(context_lens)
-    return {"pieces": cut.pieces, "first_piece": cut.first_piece, "chunk_len": np.array([cut.chunk_len], np.int32)}
+def _pieces(
+    attention: PagedDecode, context_lens: npt.NDArray[np.int32], places: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[np.int32]]:
+    """Join rows with ``context_lens [size]`` to runs, and cut those; ``places``: see `join_rows`."""
+    size = len(context_lens)
+    first_row = join_rows(places, size, attention.max_run_rows)
+    cut = attention.cut(context_lens[first_row[1:] - 1], size)
+    return {
+        "pieces": cut.pieces,
+        "first_piece": cut.first_piece,
+        "first_row": first_row,
+        "chunk_len": np.array([cut.chunk_len], np.int32),
+    }

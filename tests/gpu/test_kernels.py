@@ -65,6 +65,7 @@ def test_paged_decode(
         DecodeInputs(
             pieces=on_gpu(cut.pieces),
             first_piece=on_gpu(cut.first_piece),
+            first_row=on_gpu(np.arange(len(lens) + 1, dtype=np.int32)),
             indptr=on_gpu(starts),
             indices=on_gpu(order),
             positions=on_gpu(lens.astype(np.int64) - 1),
@@ -89,30 +90,39 @@ def test_paged_decode(
 @pytest.mark.parametrize("starts", [[900], [31], [64, 2500, 7], [*range(100, 130)]])
 @pytest.mark.parametrize("num_tokens", [2, 5])
 @pytest.mark.parametrize("num_more", [0, 300])
-def test_paged_decode_of_several_tokens_of_a_sequence(starts: list[int], num_tokens: int, num_more: int) -> None:
+@pytest.mark.parametrize(("heads", "head_dim"), [(32, 128), (64, 64)])
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["bfloat16", "fp8"])
+def test_paged_decode_of_several_tokens_of_a_sequence(
+    starts: list[int], num_tokens: int, num_more: int, heads: int, head_dim: int, is_fp8: bool
+) -> None:
     """Each token is a row of its own, which shares the sequence's pages and sees the tokens before it.
 
     Pieces may be cut for more tokens than there are (`hbserve.engine.rounds`).
     """
     from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
+    from hbserve.float8 import FP8
     from hbserve.kv_cache.layout import KVLayout
 
-    heads, kv_heads, head_dim, page = 32, 8, 128, 16
+    kv_heads, page = 8, 16
     stored = np.repeat(np.array(starts, np.int64), num_tokens)
-    positions = stored + np.tile(np.arange(num_tokens), len(starts))
+    places = np.tile(np.arange(num_tokens), len(starts))
+    positions = stored + places
     lens = (positions + 1).astype(np.int32)
     num_pages = [-(-(start + num_tokens) // page) for start in starts]
     order = np.random.default_rng(2).permutation(sum(num_pages)).astype(np.int32)
     tables = [table for table in np.split(order, np.cumsum(num_pages)[:-1]) for _ in range(num_tokens)]
     pages = -(-lens // page)
     indices = np.concatenate([table[:count] for table, count in zip(tables, pages, strict=True)])
-    layout = KVLayout(num_layers=1, block_size=page, num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16)
-    cache = random(len(order), 1, 2, page, kv_heads, head_dim)
-    decode = PagedDecode(layout, cache, heads, len(lens))
-    cut = decode.cut(lens + np.int32(num_more))
+    layout = KVLayout(1, page, kv_heads, head_dim, FP8 if is_fp8 else torch.bfloat16)
+    cache = random(len(order), 1, 2, page, kv_heads, head_dim).to(layout.dtype)
+    scales = torch.rand(1, 2, kv_heads, device="cuda") + 0.5 if is_fp8 else None
+    decode = PagedDecode(layout, cache, heads, len(lens), scales)
+    first_row = np.append(np.flatnonzero(places % decode.max_run_rows == 0), len(lens)).astype(np.int32)
+    cut = decode.cut(lens[first_row[1:] - 1] + np.int32(num_more), len(lens))
     on_gpu = {
         "pieces": cut.pieces,
         "first_piece": cut.first_piece,
+        "first_row": first_row,
         "indptr": np.concatenate([[0], np.cumsum(pages)]).astype(np.int32),
         "indices": indices,
         "positions": positions,
@@ -121,13 +131,18 @@ def test_paged_decode_of_several_tokens_of_a_sequence(starts: list[int], num_tok
         "chunk_len": np.array([cut.chunk_len], np.int32),
     }
     decode.begin(DecodeInputs(**{name: torch.from_numpy(array).cuda() for name, array in on_gpu.items()}))
+    for table, start in zip(tables[::num_tokens], starts, strict=True):  # what was never written is no number
+        cache.view(torch.uint8)[int(table[-1]), 0, :, (start + num_tokens - 1) % page + 1 :] = 0xFF
     q = random(len(lens), heads, head_dim)
     out = torch.empty_like(q)
-    decode.attend(0, q, out)
+    for _ in range(2):  # the first call must leave the counters at zero
+        decode.attend(0, q, out)
     for row, (table, length) in enumerate(zip(tables, lens.tolist(), strict=True)):
         blocks = torch.from_numpy(table).cuda().long()
         keys, values = (
-            cache[blocks, 0, part].reshape(-1, kv_heads, head_dim)[:length].transpose(0, 1).float() for part in (0, 1)
+            cache.float()[blocks, 0, part].reshape(-1, kv_heads, head_dim)[:length].transpose(0, 1)
+            * (1.0 if scales is None else scales[0, part, :, None, None])
+            for part in (0, 1)
         )
         grouped = q[row].view(kv_heads, heads // kv_heads, head_dim).float()
         assert_close(out[row], F.scaled_dot_product_attention(grouped, keys, values).reshape(heads, head_dim))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbserve.attention.decode_pieces import MAX_SPLITS, PieceCutter
+from hbserve.attention.decode_pieces import MAX_SPLITS, PieceCutter, join_rows
 
 LENGTHS = st.integers(1, 200) | st.integers(1, 40_000) | st.sampled_from([1, 64, 65, 1500, 131_072])
 
@@ -57,3 +57,19 @@ def test_rows_of_one_length_are_cut_only_where_they_would_leave_the_gpu_idle() -
 def test_one_long_row_among_short_ones_is_cut_like_them() -> None:
     lens = np.array([700] * 63 + [32_000], np.int32)
     assert PieceCutter(64, 8, 64, 132, 4).cut(lens).chunk_len <= 2048
+
+
+def test_rows_of_one_sequence_are_joined_to_runs() -> None:
+    places = np.array([0, 0, 1, 2, 3, 4, 5, 0, 1])  # sequences of 1, 6 and 2 new tokens
+    assert join_rows(places, 11, 4).tolist() == [0, 1, 5, 7, 9, 10, 11]
+    assert join_rows(places, 9, 1).tolist() == [*range(10)]
+    assert join_rows(np.zeros(0, np.int64), 2, 4).tolist() == [0, 1, 2]
+
+
+def test_a_batch_may_have_fewer_runs_than_rows() -> None:
+    cutter = PieceCutter(64, 8, 64, 132, 4)
+    cut = cutter.cut(np.array([4000, 10], np.int32))
+    assert len(cut.pieces) == cutter.capacity
+    runs, splits = np.divmod(cut.pieces[cut.pieces >= 0], MAX_SPLITS)
+    assert np.bincount(runs).tolist() == [-(-4000 // cut.chunk_len), 1]
+    assert sorted((cut.first_piece[runs] + splits).tolist()) == [*range(len(runs))]
