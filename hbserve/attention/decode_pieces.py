@@ -40,6 +40,10 @@ _EXTRA_PROGRAMS = 2048
 _PIECE_COST_TOKENS = 48
 """Cost of starting and merging a piece, in tokens read."""
 
+_MERGE_COST_TOKENS, _MERGED_PIECES = 20, 8
+"""Cost of merging so many pieces of one row of a run, in tokens read. A run's last program merges row after row; the
+first row is part of the cost of a piece."""
+
 _LATENCY_SHARE, _MIN_SHARE = 0.3, 0.5
 """Time of a program while only a share of the room is in use, relative to its time when the GPU is full:
 ``0.3 + 0.7 * share``, because part of the time is latency, and at least 0.5. So a program takes 0.65 of the time when
@@ -123,9 +127,14 @@ class PieceCutter:
         """Maximum number of pieces of a batch."""
         return self.num_rows + min(self._extra_programs, (MAX_SPLITS - 1) * self.num_rows)
 
-    def cut(self, context_lens: npt.NDArray[np.int32]) -> Pieces:
-        """Cut a batch whose runs have context lengths ``[runs]``, each at least 1."""
-        chunk_len = self.chunk_len(context_lens)
+    def cut(self, context_lens: npt.NDArray[np.int32], max_run_rows: int = 1) -> Pieces:
+        """Cut a batch.
+
+        Args:
+            context_lens: ``[runs]``, of each run, at least 1.
+            max_run_rows: rows of the run that has most.
+        """
+        chunk_len = self.chunk_len(context_lens, max_run_rows)
         pieces = np.full(self.capacity, -1, np.int32)
         if len(context_lens) == 1:  # the step of one stream is short; this takes a fifth of the time
             count = -(-int(context_lens[0]) // chunk_len)
@@ -142,7 +151,7 @@ class PieceCutter:
         pieces[: len(runs)] = (runs * MAX_SPLITS + splits)[order]
         return Pieces(chunk_len, pieces, first_piece.astype(np.int32))
 
-    def chunk_len(self, context_lens: npt.NDArray[np.int32]) -> int:
+    def chunk_len(self, context_lens: npt.NDArray[np.int32], max_run_rows: int = 1) -> int:
         """Choose the chunk length whose pieces fit into `capacity` and end earliest."""
         longest, total = int(context_lens.max()), int(context_lens.sum())
         # Only the last piece of a run is shorter than a chunk, so there are fewer than runs + total / chunk pieces.
@@ -150,12 +159,16 @@ class PieceCutter:
         if self._is_small:
             share = min(1.0, self.num_multiprocessors / _SMS_OF_H200)
             min_tokens = max(min_tokens, total / (self._extra_programs * share))
-            return max(1, math.ceil(min_tokens / self.block_tokens)) * self.block_tokens
+            return max(1, math.ceil(min_tokens / self.block_tokens)) * self.block_tokens * max_run_rows
         even_share = total / self._num_concurrent
         tokens = np.concatenate((longest * _FRACTIONS_OF_LONGEST, even_share * _FRACTIONS_OF_EVEN_SHARE))
         num_blocks = np.ceil(np.clip(tokens, min(min_tokens, longest), longest) / self.block_tokens).astype(np.int32)
         candidates = np.unique(num_blocks) * self.block_tokens
-        return int(candidates[np.argmin(self._end_times(context_lens, candidates))])
+        times = self._end_times(context_lens, candidates)
+        if max_run_rows > 1:
+            merges = np.ceil(np.ceil(longest / candidates) / _MERGED_PIECES)
+            times = times + (max_run_rows - 1) * _MERGE_COST_TOKENS * merges
+        return int(candidates[np.argmin(times)])
 
     def _end_times(
         self, context_lens: npt.NDArray[np.int32], chunk_lens: npt.NDArray[np.int32]

@@ -302,14 +302,16 @@ class PagedDecode(Attention):
         """Maximum number of pieces of a batch of ``num_rows``."""
         return self._cutter(num_rows).capacity
 
-    def cut(self, context_lens: npt.NDArray[np.int32], num_rows: int | None = None) -> Pieces:
+    def cut(self, context_lens: npt.NDArray[np.int32], first_row: npt.NDArray[np.int32] | None = None) -> Pieces:
         """Cut a batch.
 
         Args:
             context_lens: ``[runs]``, tokens that the last row of each run attends to, itself included.
-            num_rows: of the batch; None: each run is one row.
+            first_row: ``[runs + 1]``, as `DecodeInputs.first_row`; None: each run is one row.
         """
-        return self._cutter(len(context_lens) if num_rows is None else num_rows).cut(context_lens)
+        if first_row is None:
+            return self._cutter(len(context_lens)).cut(context_lens)
+        return self._cutter(int(first_row[-1])).cut(context_lens, int(np.diff(first_row).max()))
 
     def _cutter(self, num_rows: int) -> PieceCutter:
         shape = self._launch_shape(num_rows)
@@ -383,7 +385,7 @@ def _launch_shape(programs: int, lanes: int, is_fp8: bool, is_direct: bool) -> _
     if programs <= MAX_SMALL_BATCH_PROGRAMS:
         return _LaunchShape(32, 1, 2, 4)
     if is_direct:
-        return _LaunchShape(32, 1, 1, 9, is_direct=True)
+        return _LaunchShape(32, 1, 1, 8, is_direct=True)
     if is_fp8:  # half the bytes of a load: two must be in flight
         return _LaunchShape(64, 5, 2, 4) if programs < 1792 else _LaunchShape(32, 5, 1, 7)
     if programs <= 128:

@@ -538,7 +538,7 @@ def _pieces(
     """Join rows with ``context_lens [size]`` to runs, and cut those; ``places``: see `join_rows`."""
     size = len(context_lens)
     first_row = join_rows(places, size, attention.max_run_rows)
-    cut = attention.cut(context_lens[first_row[1:] - 1], size)
+    cut = attention.cut(context_lens[first_row[1:] - 1], first_row)
     return {
         "pieces": cut.pieces,
         "first_piece": cut.first_piece,

@@ -2,8 +2,8 @@
 
 | rows | kernel | bound by |
 |---|---|---|
-| 1 | `hbserve.layers.fp8_one_row`, with the norm before and the gate or the sum after the product | reading weights |
-| 2 to 64; to 256 where outputs are few; to 512 where weights have blocks | the one here | reading weights |
+| 1, of at most 16384 inputs | `hbserve.layers.fp8_one_row`, with norm, gate and sum | reading weights |
+| 1 to 64; to 256 where outputs are few; to 512 where weights have blocks | the one here | reading weights |
 | more | cuBLASLt, through `torch._scaled_mm` | multiplying |
 | more, weights in blocks | cuBLASLt in the model's dtype, after both operands have been converted to it | multiplying |
 
@@ -32,11 +32,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hbserve.layers.fp8 import Fp8Linear, Quantised
 from hbserve.layers.fp8_one_row import fp8_one_row
 from hbserve.layers.fp8_rows import fp8_memory, fp8_norm, fp8_rows, widen
+from hbserve.layers.fused import silu_and_mul
 from hbserve.layers.linear import PlainLinear, Rows
 from hbserve.platform.cuda_driver import overlaps
 
 MAX_SMALL_ROWS = 64
 """Maximum rows of a batch that is bound by reading weights."""
+
+_MAX_ONE_ROW_INPUTS = 16384
+"""Inputs up to which a single row has a kernel of its own. With 25,600 it gave NaN on an H200 (torch 2.11, Triton 3.6),
+for a reason that is not known: its 16 warps are the only difference that was found."""
 
 _FEW_OUTPUTS = ((128, 132 * 64), (256, 32 * 64))
 """Maximum rows, and outputs up to which cuBLASLt leaves multiprocessors without work; from a sweep on an H200."""
@@ -177,9 +182,16 @@ class Fp8Kernels:
         out: Tensor | None = None,
         has_bias: bool = True,
     ) -> Tensor:
-        return fp8_one_row(
-            layer, x, norm=norm, eps=eps, residual=residual, is_gated=is_gated, out=out, has_bias=has_bias
-        )
+        if layer.weight.shape[1] <= _MAX_ONE_ROW_INPUTS:
+            return fp8_one_row(
+                layer, x, norm=norm, eps=eps, residual=residual, is_gated=is_gated, out=out, has_bias=has_bias
+            )
+        rows = fp8_rows(layer, x) if norm is None else fp8_norm(layer, x, None, norm, eps)
+        if is_gated:
+            return silu_and_mul(fp8_linear(layer, rows, has_bias=has_bias), out)
+        if residual is not None:
+            return residual.add_(fp8_linear(layer, rows, has_bias=has_bias))
+        return fp8_linear(layer, rows, out, has_bias=has_bias)
 
     def many_rows(self, layer: Fp8Linear, rows: Rows, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         if isinstance(rows, Tensor):

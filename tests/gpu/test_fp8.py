@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -71,6 +72,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
         (192, 320, "block"),
         (4096, 4096, "channel"),
         (640, 12288, "block"),
+        (1024, 11008, "channel"),
+        (4096, 14336, "block"),
+        (5120, 17408, "channel"),
+        (5120, 25600, "channel"),
         (6144, 1152, "static"),
     ],
 )
@@ -206,3 +211,25 @@ def test_recall_is_right_in_fp8(options: dict[str, Any]) -> None:
             assert right >= 95
         one = llm.chat([questions[0].messages], greedy, use_tqdm=False)[0]  # a single row has kernels of its own
         assert one["text"] == questions[0].answer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"quantization": "fp8", "kv_cache_dtype": "fp8"}, {"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}],
+    ids=["both", "weights", "kv"],
+)
+def test_layers_of_a_32b_model_compute_numbers(options: dict[str, Any], tmp_path: Path) -> None:
+    """The widest rows and largest groups of query heads that were served; the engine refuses logits that are none."""
+    from hbserve import LLM, SamplingParams
+    from hbserve.model_source import SHAPES
+
+    config = json.loads((SHAPES / "qwen3-32b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    rng = random.Random(0)
+    prompts = [[rng.randrange(1000) for _ in range(length)] for length in (16, 1, 101, 577, 1023, 333, 640)]
+    sampling = SamplingParams(temperature=0.6, seed=1, max_tokens=8, ignore_eos=True)
+    settings = {"load_format": "dummy", "device": "cuda", "num_blocks": 512, "log_level": "ERROR"}
+    with LLM(str(tmp_path), mode="unified", **settings, **options) as llm:
+        for batch in (prompts[:1], prompts, prompts[:3]):
+            outputs = llm.generate(batch, sampling, use_tqdm=False)
+            assert [len(output["token_ids"]) for output in outputs] == [8] * len(batch)

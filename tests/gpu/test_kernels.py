@@ -118,7 +118,7 @@ def test_paged_decode_of_several_tokens_of_a_sequence(
     scales = torch.rand(1, 2, kv_heads, device="cuda") + 0.5 if is_fp8 else None
     decode = PagedDecode(layout, cache, heads, len(lens), scales)
     first_row = np.append(np.flatnonzero(places % decode.max_run_rows == 0), len(lens)).astype(np.int32)
-    cut = decode.cut(lens[first_row[1:] - 1] + np.int32(num_more), len(lens))
+    cut = decode.cut(lens[first_row[1:] - 1] + np.int32(num_more), first_row)
     on_gpu = {
         "pieces": cut.pieces,
         "first_piece": cut.first_piece,

@@ -73,3 +73,10 @@ def test_a_batch_may_have_fewer_runs_than_rows() -> None:
     runs, splits = np.divmod(cut.pieces[cut.pieces >= 0], MAX_SPLITS)
     assert np.bincount(runs).tolist() == [-(-4000 // cut.chunk_len), 1]
     assert sorted((cut.first_piece[runs] + splits).tolist()) == [*range(len(runs))]
+
+
+def test_a_run_of_several_rows_has_fewer_pieces_because_its_merge_takes_longer() -> None:
+    for num_rows in (1, 4, 32):
+        cutter = PieceCutter(num_rows, 8, 32, 132, 6)
+        lens = [cutter.cut(np.array([1000], np.int32), rows).chunk_len for rows in (1, 2, 4)]
+        assert lens == sorted(set(lens))
