@@ -45,6 +45,9 @@ _SEQUENCES_PER_LOOK = 32
 _MIN_JOINING = 2
 """Tokens of a row that joins blocks which its own step fills. The kernel for rows of one token reads KV of earlier
 steps before it waits for what this step writes (`hbserve.attention.paged_decode`)."""
+_MAX_LEFT_OUT = 0.1
+"""Part of the decoding sequences that a step with prompts may leave out while their drafts are verified. The wait for
+their results costs a gap; a step without them costs each of them the time of a step with prompts."""
 _NO_DRAFT = Draft([], "", Record())
 _Allocations = list[tuple[Sequence, KVAllocation]]
 
@@ -128,7 +131,7 @@ class StepPlanner:
             max_rounds_s: how long all rounds of the step together may take.
         """
         decoding = self._decoding(step, instance, allocations)[:max_rows]
-        drafts = self._choose_drafts(step, instance, decoding, max_rounds_s) if may_draft else {}
+        drafts = self._choose_drafts(step, instance, decoding, max_rounds_s) if may_draft else _not_without(decoding)
         if drafts is None:
             return False
         step.worker.num_undrafted = 0 if drafts else step.worker.num_undrafted + 1
@@ -557,6 +560,12 @@ def _what_to_compute(sequence: Sequence, allocation: KVAllocation, min_tokens: i
     if start % size:
         return start, first * size  # complete the block; the next step joins behind it
     return joined * size, end
+
+
+def _not_without(decoding: _Allocations) -> dict[Sequence, Draft | None] | None:
+    """Return no drafts; None if many sequences are verifying drafts: a long step with prompts should have them, too."""
+    num_waiting = sum(allocation.is_drafting for _, allocation in decoding)
+    return None if num_waiting > _MAX_LEFT_OUT * len(decoding) else {}
 
 
 def _pays_to_read(sequence: Sequence, allocation: KVAllocation) -> bool:
