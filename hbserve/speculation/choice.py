@@ -25,6 +25,9 @@ _MIN_GAIN = 1.03
 """Drafts must promise so much more than their cost: predictions are off by a few percent."""
 _MIN_GAIN_OF_STEP = 1.1
 """The same for all drafts of a step together: those that look best are tried, and are a little worse than they look."""
+_MORE_FOR_PASSES = 0.25
+"""How much more that must be if a draft model's passes are all of the step's time, else their part of it: a draft model
+also reads, and its rounds wait for the host."""
 _MIN_PROBABILITY = 0.05
 """Guesses that are less probable are not tried, even where a row seems to cost nothing."""
 _MIN_STEP_S = 1e-6
@@ -113,10 +116,11 @@ def choose(
         num_whole = num_others + num_expected
     if not num_drafting:
         return Choice(Way.PLAIN, lengths)
+    min_gain = _MIN_GAIN_OF_STEP + _MORE_FOR_PASSES * draft_s * num_passes / drafted_s
     ways = {
         Way.PLAIN: num_rows / step_s,
-        Way.SPLIT: (2 * num_others + num_expected / _MIN_GAIN_OF_STEP) / (step_s + drafted_s) if num_others else 0.0,
-        Way.WHOLE: num_whole / _MIN_GAIN_OF_STEP / (drafted_s + gap_s),
+        Way.SPLIT: (2 * num_others + num_expected / min_gain) / (step_s + drafted_s) if num_others else 0.0,
+        Way.WHOLE: num_whole / min_gain / (drafted_s + gap_s),
     }
     way = max(ways, key=lambda way: ways[way])
     return Choice(way, lengths if way is not Way.PLAIN else [0] * len(candidates))
