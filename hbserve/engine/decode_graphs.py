@@ -421,7 +421,7 @@ class DecodeGraphs:
             "seeds": table.seeds[slots],
             "temperatures": table.temperature[slots],
             "indptr": pages.indptr,
-            **_pieces(self._attention, context_lens),
+            **_pieces(self._attention, context_lens, np.zeros(num_rows, np.int64)),
         }
         self._inputs.fill(arrays, pages.indices, size)
         self._inputs.copy()
