@@ -33,6 +33,8 @@ _BATCH_SHARE = 0.1
 """The same of a step with nothing but best-effort work."""
 _BATCH_DELAY = 0.0125
 """Share of the TTFT target by which best-effort work may lengthen a step with other work."""
+_BATCH_TPOT_SHARE = 0.1
+"""The same of the TPOT target. Slower sequences are more sequences, and each is in the steps of every prompt."""
 PHASES = (InstanceRole.DECODE, InstanceRole.PREFILL)
 _PHASES_OF_ONE = {
     InstanceRole.UNIFIED: set(PHASES),
@@ -354,6 +356,8 @@ class WorkerChoice:
             return limit._replace(prompt_tokens=max_tokens)
         max_tokens = known_tokens
         interval_s = MIXED_PACE * min(targets_ms) / 1000
+        batch_delay_s = min(limit.batch_delay_s, _BATCH_TPOT_SHARE * min(targets_ms) / 1000)
+        limit = limit._replace(batch_delay_s=batch_delay_s)
         if len(phases) < 2:
             seconds = max_step_s if InstanceRole.PREFILL in phases else interval_s
             return limit._replace(seconds=seconds, prompt_tokens=max_tokens, batch_s=interval_s)
