@@ -43,6 +43,8 @@ SYSTEMS = {
 _BOUND = "bound of any schedule"
 _COLORS = ("tab:blue", "tab:orange", "tab:red")
 _DURATION_S = 20.0
+_TOLERANCE = 0.1
+"""Relative difference of a measured TTFT target from the simulated one, at most."""
 _KV_TOKENS = 811_792  # of the measured system
 
 
@@ -98,13 +100,22 @@ def _simulate(arguments: argparse.Namespace) -> dict[str, dict[str, list[tuple[f
 
 
 def _points(path: Path) -> list[tuple[str, str, float, float]]:
-    """Return load, line, rate and attainment of each measured run that belongs to a line."""
+    """Return load, line, rate and attainment of each measured run that belongs to a line.
+
+    Others are left out: those with other targets than the line's, and those of workers with fixed chunks that were told
+    a TPOT target, by which they sized their steps.
+    """
     found = []
     for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
+        targets = LOADS[result["load"]][1] if result["load"] in LOADS else None
+        if targets is None or abs(result["targets"]["ttft_ms"] / (targets.ttft_ms or 1.0) - 1) > _TOLERANCE:
+            continue
         policy = result.get("config", {}).get("scheduler", {}).get("policy")
-        system = result["system"].partition(",")[0]
+        system = System.parse(result["system"].partition(",")[0])
+        if system.chunk is not None and "tpot_ms" in result.get("told_targets", ["tpot_ms"]):
+            continue
         for name, (simulated, scheduler) in SYSTEMS.items():
-            if (simulated, scheduler.policy) == (system, policy):
+            if (simulated, scheduler.policy) == (system.name, policy):
                 for run in result.get("runs", []):
                     summary: dict[str, Any] = run["summary"]
                     found.append((result["load"], name, summary["rate"], summary["attainment"]))

@@ -328,6 +328,7 @@ class Comparison:
             "system": system.name,
             "load": load.name,
             "targets": msgspec.to_builtins(load.targets),
+            "told_targets": serve_options.told_targets,
             "best_rate": found,
             "simulated_rate": simulated,
             "runs": document["runs"],
