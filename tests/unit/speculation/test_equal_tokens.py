@@ -9,7 +9,7 @@ import pytest
 
 from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.sampling_params import SamplingParams
-from tests.support.model_zoo import VOCAB_SIZE, save_model
+from tests.support.model_zoo import VOCAB_SIZE, save_head, save_model
 from tests.support.plan_driver import Driver, Sequence
 from tests.unit.engine.test_model_runner import make_prompt, make_runner
 
@@ -65,13 +65,19 @@ def test_whatever_is_guessed_the_tokens_are_the_same(model: str, tmp_path: Path)
             assert driver.num_accepted < driver.num_drafted
 
 
-@pytest.mark.parametrize("model", ["qwen3", "another"])
+@pytest.mark.parametrize("model", ["qwen3", "another", "head"])
 def test_a_draft_model_changes_no_token_and_the_model_itself_is_always_right(model: str, tmp_path: Path) -> None:
-    """The model drafts for itself, or another one does, with kept and with missing KV, for every kind of sampling."""
+    """The model drafts for itself, or another one or a random head does, with kept and with missing KV, for every kind
+    of sampling.
+    """
     save_model(tmp_path / "model", "qwen3")
-    save_model(tmp_path / "draft", "llama" if model == "another" else model)
-    fp8 = {"kv_dtype": "fp8", "quantization": "fp8"} if model == "another" else {}
-    runner = make_runner(tmp_path / "model", draft_model=str(tmp_path / "draft"), **fp8)
+    if model == "head":
+        save_head(tmp_path / "draft")
+    else:
+        save_model(tmp_path / "draft", "llama" if model == "another" else model)
+    options = {"kv_dtype": "fp8", "quantization": "fp8"} if model == "another" else {}
+    options |= {"method": "auto"} if model == "head" else {}
+    runner = make_runner(tmp_path / "model", draft_model=str(tmp_path / "draft"), **options)
     prompts = [make_prompt(length) for length in (3, 16, 31, 33, 20, 5)]
     outputs, rates = [], []
     for drafts in (False, True):
@@ -82,7 +88,7 @@ def test_a_draft_model_changes_no_token_and_the_model_itself_is_always_right(mod
                 sequence.num_read = 0  # as if its KV were lost
             return [TO_BE_DRAFTED] * min(rng.choice((0, 1, 2, 5, 15)), limit)
 
-        driver = Driver(runner, chunk=16, drafter=draft if drafts else None)
+        driver = Driver(runner, chunk=16, drafter=draft if drafts else None, rereads=model == "head")
         outputs.append(
             driver.run(
                 *(
@@ -98,5 +104,5 @@ def test_a_draft_model_changes_no_token_and_the_model_itself_is_always_right(mod
     driver.num_drafted = driver.num_accepted = 0
     driver.run(*plain)
     assert driver.num_drafted > 60
-    if model != "another":
+    if model == "qwen3":
         assert driver.num_accepted == driver.num_drafted
