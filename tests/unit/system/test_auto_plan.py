@@ -239,7 +239,7 @@ def test_fp8_has_profiles_of_its_own_and_until_then_one_derived_from_bfloat16(gp
     for work, low, high in (
         (StepWork(1, 1024), 0.62, 0.72),  # the LM head is not quantised
         (StepWork(0, 0, 2048, 2048**2 / 2), 0.58, 0.66),
-        (StepWork(64, 64 * 8192), 0.6, 0.75),  # mostly KV
+        (StepWork(64, 64 * 8192), 0.5, 0.65),  # mostly KV
     ):
         assert low < steps.seconds(work) / plain.seconds(work) < high
     _, plan = choose(from_dict(fp8), Predictions())
