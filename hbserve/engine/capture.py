@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hbserve.platform.cuda_driver import upload_graph
+from hbserve.platform.cuda_share import is_of_share
 
 _MAX_COMPILERS = 8
+T = TypeVar("T")
+Parts = Generator[None, None, T]
+"""Work that yields after each part, so that other work can go on in between, and returns its result at the end."""
 
 
 @contextmanager
@@ -70,24 +74,63 @@ def capturing(graph: Any, pool: Any) -> Iterator[None]:
     Args:
         pool: that the graph takes its memory from; None: a new one.
     """
+    with _begun(graph, pool, "thread_local") as stream, torch.cuda.stream(stream):
+        yield
+
+
+def capture_in_parts(graph: Any, pool: Any, parts: Parts[T]) -> Parts[T]:
+    """Capture what ``parts`` does, as `capturing`, and yield after each part.
+
+    Between two parts this thread may launch other work, on any stream but the `capture_stream`.
+    """
+    with _begun(graph, pool, "relaxed") as stream:
+        while True:
+            with torch.cuda.stream(stream):
+                try:
+                    next(parts)
+                except StopIteration as end:
+                    result: T = end.value
+                    break
+            yield
+    return result
+
+
+@contextmanager
+def _begun(graph: Any, pool: Any, mode: str) -> Iterator[Any]:
     stream = capture_stream()
     with torch.cuda.stream(stream):
-        graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
-        try:
-            yield
-        finally:
+        graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode=mode)
+    try:
+        yield stream
+    finally:
+        with torch.cuda.stream(stream):
             graph.capture_end()
     upload_graph(graph, stream)
 
 
+def run_through(parts: Parts[T]) -> T:
+    """Do all parts at once, and return their result."""
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
 def capture_stream() -> Any:
-    """Return the stream to capture on: the current stream in a process that has a share of the device.
+    """Return the stream to capture on: the current stream in a process that has a share of the device, else another.
 
     A graph's kernels run on the multiprocessors of the stream that they were captured on, whichever stream the graph is
-    launched into. The device's default stream cannot be captured.
+    launched into.
     """
     current: Any = torch.cuda.current_stream()
-    return current if current != torch.cuda.default_stream() else _own_stream()
+    return current if is_of_share(current) else _own_stream()
+
+
+def can_capture_beside_steps() -> bool:
+    """Whether this thread may launch steps between the parts of a capture."""
+    return bool(capture_stream() != torch.cuda.current_stream())
 
 
 @cache

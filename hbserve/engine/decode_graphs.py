@@ -23,7 +23,7 @@ import torch
 from hbserve.attention.base import PageTables
 from hbserve.attention.decode_pieces import join_rows
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
-from hbserve.engine.capture import capturing, compiling, run_to_capture
+from hbserve.engine.capture import Parts, capture_in_parts, compiling, run_through, run_to_capture
 from hbserve.engine.draft_model.head_pass import HeadPass
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.graph_sizes import GraphSizes
@@ -195,11 +195,11 @@ class DecodeGraphs:
         before = torch.cuda.mem_get_info(device)[0]
         if is_awaited and self._decoder.can_skip_kernels:  # else others serve, and need the device
             with compiling(device):
-                for size in self.sizes.first:
+                for size in self.sizes.missing:  # all: what is compiled later delays the steps of that time
                     self._begin(size)
                     self._step(size, self._decoder.typical_layers)
         for size in self.sizes.first:
-            self.capture(size)
+            run_through(self.capture(size))
         if not self._feeds_every_row:  # compile it now, on padding
             padding = PlanRow(self._table.padding_slot, 0, 1, [0], [], True)
             self._device_rounds([padding], np.zeros(1, np.int32), 1).advance(self._inputs.tensor("token_ids", 1))
@@ -210,9 +210,13 @@ class DecodeGraphs:
             *(len(self.sizes.first), self.sizes.max, seconds, used / (1 << 30), len(self.sizes.missing)),
         )
 
-    def capture(self, size: int) -> None:
-        """Capture the steps of a batch size; between steps, and on all ranks of a group in the same order."""
-        self._graphs[size] = self._capture(size, self.pool if self._graphs else self._first_pool)
+    def capture(self, size: int) -> Parts[None]:
+        """Capture the steps of a batch size, on all ranks of a group in the same order.
+
+        The first part runs a rehearsal, and no later part runs anything. So steps may be launched between the parts, on
+        another stream (`can_capture_beside_steps`).
+        """
+        self._graphs[size] = yield from self._capture(size, self.pool if self._graphs else self._first_pool)
         self.sizes.add(size)
 
     @contextmanager
@@ -220,18 +224,18 @@ class DecodeGraphs:
         """Give the smallest graph only these layers while the body runs, so that a rehearsal takes little time."""
         size = self.sizes.min_captured
         whole = self._graphs[size]
-        self._graphs[size] = self._capture(size, self.pool, layers)
+        self._graphs[size] = run_through(self._capture(size, self.pool, layers))
         try:
             yield
         finally:
             self._graphs[size] = whole
 
-    def _capture(self, size: int, pool: Any, layers: list[int] | None = None) -> _Graph:
+    def _capture(self, size: int, pool: Any, layers: list[int] | None = None) -> Parts[_Graph]:
         self._begin(size)
         run_to_capture(lambda: self._step(size, self._decoder.typical_layers))
+        yield
         graph: Any = torch.cuda.CUDAGraph()
-        with capturing(graph, pool):
-            token_ids = self._step(size, layers)
+        token_ids = yield from capture_in_parts(graph, pool, self._step_parts(size, layers))
         return _Graph(graph, token_ids)
 
     def _begin(self, size: int) -> None:
@@ -260,7 +264,10 @@ class DecodeGraphs:
         self._inputs.fill(arrays, np.zeros(size, np.int32), size)
         self._inputs.copy()
 
-    def _step(self, size: int, layers: list[int] | None = None) -> torch.Tensor:
+    def _step(self, size: int, layers: list[int]) -> torch.Tensor:
+        return run_through(self._step_parts(size, layers))
+
+    def _step_parts(self, size: int, layers: list[int] | None) -> Parts[torch.Tensor]:
         inputs = self._inputs
         slots, given = inputs.tensor("slots", size), inputs.tensor("token_ids", size)
         positions = inputs.tensor("positions", size)
@@ -268,7 +275,9 @@ class DecodeGraphs:
         is_fed_back = given == _FED_BACK
         token_ids, sampled_after = torch.where(is_fed_back, last[slots], given), positions
         if self._head is None:
-            hidden = self._decoder.forward(token_ids, positions, self._attention, layers=layers)
+            stream = self._decoder.embed(token_ids)
+            yield from self._decoder.pass_layers(stream, positions, self._attention, layers=layers)
+            hidden = self._decoder.finish(stream)
         else:
             sampled_after = positions + self._head.noise_offsets[slots]
             hidden = self._head.forward(token_ids, positions, self._attention, is_fed_back, slots)

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 
 _FIRST_RATIO = 8
 """Decode steps of a few rows and of 8 times as many take nearly the same time: both wait for the weights."""
-_DUE_STEPS = 32
-"""Steps that a missing size would have suited, before running requests wait for its capture."""
+DUE_STEPS = 32
+"""Steps that a missing size would have suited, before it is captured beside or between steps of requests."""
 
 
 class GraphSizes:
@@ -95,7 +95,7 @@ class DelayLimit:
 
     def allows(self, misses: int, slots: Iterable[int]) -> bool:
         """Whether a size that so many steps have missed may be captured before a step of the sequences in ``slots``."""
-        return misses >= _DUE_STEPS and self._delayed.isdisjoint(slots)
+        return misses >= DUE_STEPS and self._delayed.isdisjoint(slots)
 
     def on_captured(self, slots: Iterable[int]) -> None:
         """Note that the sequences in ``slots`` have waited for a capture."""

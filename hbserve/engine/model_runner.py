@@ -21,7 +21,7 @@ from hbserve.engine.draft_model.drafter import Drafting, ModelDrafter
 from hbserve.engine.draft_model.head_drafter import make_drafter
 from hbserve.engine.expert_loads import ExpertLoads
 from hbserve.engine.grammar_table import GrammarTable
-from hbserve.engine.graph_sizes import DelayLimit, GraphSizes
+from hbserve.engine.graph_sizes import DUE_STEPS, DelayLimit, GraphSizes
 from hbserve.engine.pending_step import PendingStep, StepTimer
 from hbserve.engine.prompt_scores import score
 from hbserve.engine.sampler import sample
@@ -38,6 +38,7 @@ from hbserve.process.stopwatch import Stopwatch
 from hbserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from hbserve.engine.capture import Parts
     from hbserve.engine.decode_graphs import DecodeGraphs
     from hbserve.engine.prefill_graphs import PrefillGraphs
 
@@ -219,65 +220,102 @@ class ModelRunner:
         sizes = {} if decode is None else {InstanceRole.DECODE: decode.sizes}
         return sizes if prefill is None else sizes | {InstanceRole.PREFILL: prefill.sizes}
 
-    def next_graph(self, before: StepPlan | None = None) -> CaptureGraph | None:
-        """Return the size of step whose graphs should be captured now; None: none.
+    @property
+    def lacks_graphs(self) -> bool:
+        """Whether sizes of steps are left to capture."""
+        return any(sizes.missing for sizes in self._graph_sizes().values())
+
+    def is_prepared_for(self, role: InstanceRole) -> bool:
+        """Whether a plan with a new role needs no first capture."""
+        decode, prefill = self._graphs is not None, self._prefill_graphs is not None
+        return (decode or not role.decodes) and (prefill or not role.prefills)
+
+    @property
+    def captures_beside_steps(self) -> bool:
+        """Whether steps may be launched between the parts of `capture`.
+
+        Ranks of a group wait for each other in a rehearsal, in the order of their launches.
+        """
+        if self.parallel.size > 1 or self._graph_pool is None:
+            return False
+        from hbserve.engine.capture import can_capture_beside_steps
+
+        return can_capture_beside_steps()
+
+    def next_graph(self, is_idle: bool) -> CaptureGraph | None:
+        """Return the size of step whose graphs should be captured now, beside other work if there is any; None: none.
 
         Args:
-            before: a plan that waits for it. Only sizes that many steps have missed are worth that, and no sequence
-                waits twice. A probe waits for the graphs of its own size. None: no step is under way.
+            is_idle: there is no other work. Else a size must be due, and `captures_beside_steps`.
         """
-        sizes_of = self._graph_sizes()
-        if before is not None and before.is_probe:
-            return self._graph_for(before.rows)
-        wanted = [(phase, *found) for phase, sizes in sizes_of.items() if (found := sizes.next()) is not None]
+        found = self._most_missed()
+        if found is None or not (is_idle or (found[1] >= DUE_STEPS and self.captures_beside_steps)):
+            return None
+        return found[0]
+
+    def graph_before(self, plan: StepPlan) -> CaptureGraph | None:
+        """Return the size of step whose graphs must be captured before a plan's step; None: none.
+
+        Only where no capture goes on beside steps, only what is due, and no sequence waits twice.
+        """
+        found = self._most_missed()
+        if found is None or self.captures_beside_steps:
+            return None
+        return found[0] if self._delays.allows(found[1], (row.slot for row in plan.rows)) else None
+
+    def _most_missed(self) -> tuple[CaptureGraph, int] | None:
+        """Return the missing size that most steps would have used, and their number."""
+        wanted = [
+            (phase, *found) for phase, sizes in self._graph_sizes().items() if (found := sizes.next()) is not None
+        ]
         if not wanted:
             return None
         phase, size, misses = max(wanted, key=lambda item: item[2])
-        if before is not None and not self._delays.allows(misses, (row.slot for row in before.rows)):
-            return None
-        return CaptureGraph(phase=phase, size=size)
-
-    def _graph_for(self, rows: list[PlanRow]) -> CaptureGraph | None:
-        """Return the size of step that suits a plan, if its graphs are missing."""
-        num_tokens = sum(row.num_tokens for row in rows)
-        if self._graphs is not None and self._graphs.fits(rows):
-            phase, sizes, count = InstanceRole.DECODE, self._graphs.sizes, sum(row.num_samples for row in rows)
-        elif self._prefill_graphs is not None and self._prefill_graphs.fits(num_tokens):
-            phase, sizes, count = InstanceRole.PREFILL, self._prefill_graphs.sizes, num_tokens
-        else:
-            return None
-        size = sizes.best(count)
-        return CaptureGraph(phase=phase, size=size) if size in sizes.missing else None
+        return CaptureGraph(phase=phase, size=size), misses
 
     @torch.inference_mode()
-    def capture(self, graph: CaptureGraph, delays: bool = False) -> None:
-        """Capture what `next_graph` has named, unless memory is short; all ranks of a group do this between two steps.
+    def capture(self, graph: CaptureGraph) -> Parts[None]:
+        """Capture what was named, unless memory is short; all ranks of a group do this at the same place between plans.
 
         The KV pool keeps its size: these graphs use what ``performance.memory_fraction`` leaves, as the first ones do.
-
-        Args:
-            delays: whether the sequences in the table wait for it.
+        It takes one part, or several if this `captures_beside_steps`.
         """
-        free_bytes = torch.tensor([torch.cuda.mem_get_info(self.platform.device)[0]], device=self.platform.device)
-        if int(self.parallel.minimum(free_bytes)) < _MIN_FREE_BYTES:
+        if self._free_bytes() < _MIN_FREE_BYTES:
             logger.warning("no further CUDA graphs: too little device memory is free; some steps are slower")
             for sizes in self._graph_sizes().values():
                 sizes.give_up()
             return
-        started = time.perf_counter()
-        totals = self._decoder.expert_totals
-        counted = None if totals is None else totals.clone()  # the padding of a capture is not load
         graphs = self._graphs if graph.phase is InstanceRole.DECODE else self._prefill_graphs
         assert graphs is not None, f"there are no graphs for {graph.phase}"
-        graphs.capture(graph.size)
-        if totals is not None and counted is not None:
-            totals.copy_(counted)
-        if delays:
-            self._delays.on_captured(self._table.installed.nonzero()[0].tolist())
-        seconds = time.perf_counter() - started
-        logger.debug("captured graphs of %s steps of size %d in %.2f s", graph.phase, graph.size, seconds)
+        totals = self._decoder.expert_totals
+        counted = None if totals is None else totals.clone()  # the padding of a rehearsal is not load
+        began = part_began = time.perf_counter()
+        longest_s, num_parts = 0.0, 0
+        for _ in graphs.capture(graph.size):
+            if totals is not None and counted is not None and not num_parts:
+                totals.copy_(counted)
+            num_parts += 1
+            longest_s = max(longest_s, time.perf_counter() - part_began)
+            if self.captures_beside_steps:
+                yield
+                part_began = time.perf_counter()
+        ended = time.perf_counter()
+        text = "captured graphs of %s steps of size %d in %.3f s, in %d parts, the longest %.1f ms"
+        longest_s = max(longest_s, ended - part_began)
+        logger.debug(text, graph.phase, graph.size, ended - began, num_parts + 1, 1000 * longest_s)
         if not graphs.sizes.missing:
             logger.info("captured the remaining graphs of %s steps", graph.phase)
+
+    def note_delay(self) -> None:
+        """Note that the sequences in the table have waited for a capture."""
+        self._delays.on_captured(self._table.installed.nonzero()[0].tolist())
+
+    def _free_bytes(self) -> int:
+        """Return the free memory of the rank's device that has least."""
+        own = torch.cuda.mem_get_info(self.platform.device)[0]
+        if self.parallel.size == 1:
+            return own  # without a wait for the device
+        return int(self.parallel.minimum(torch.tensor([own], device=self.platform.device)))
 
     @torch.inference_mode()
     def _warm_up(self, config: Config, role: InstanceRole, spare_block: int) -> None:

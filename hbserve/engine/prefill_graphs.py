@@ -21,7 +21,7 @@ import torch
 
 from hbserve.attention.base import AttentionBackend
 from hbserve.engine.batch import StepBatch
-from hbserve.engine.capture import capturing, compiling, run_to_capture
+from hbserve.engine.capture import Parts, capturing, compiling, run_through, run_to_capture
 from hbserve.engine.graph_sizes import GraphSizes
 from hbserve.layers.ops import ResidualStream
 from hbserve.models.decoder import Decoder
@@ -76,32 +76,34 @@ class PrefillGraphs:
         before = torch.cuda.mem_get_info(device)[0]
         if is_awaited and self._decoder.can_skip_kernels:  # else others serve, and need the device
             with compiling(device):
-                for size in self.sizes.first:
+                for size in self.sizes.missing:  # all: what is compiled later delays the steps of that time
                     self._begin(size)
                     self._rehearse(size)
         for size in self.sizes.first:
-            self.capture(size)
+            run_through(self.capture(size))
         logger.info(
             "captured piecewise graphs for %d token counts up to %d in %.1f s, %.2f GiB; %d follow",
             *(len(self.sizes.first), self.sizes.max, time.perf_counter() - started),
             *((before - torch.cuda.mem_get_info(device)[0]) / (1 << 30), len(self.sizes.missing)),
         )
 
-    def capture(self, size: int) -> None:
-        """Capture the steps of a token count; between steps, and on all ranks of a group in the same order."""
-        self._pieces[size] = self._capture(size)
+    def capture(self, size: int) -> Parts[None]:
+        """Capture the steps of a token count, on all ranks of a group in the same order; in parts as `DecodeGraphs`."""
+        self._pieces[size] = yield from self._capture(size)
         self.sizes.add(size)
 
     def _begin(self, size: int) -> None:
         """Prepare a step of padding."""
         self._attention.slot_mapping = self._slot_mapping[:size].fill_(_NOWHERE)  # the last step has left its own
 
-    def _capture(self, size: int) -> _Pieces:
+    def _capture(self, size: int) -> Parts[_Pieces]:
         self._begin(size)
         run_to_capture(lambda: self._rehearse(size))
         graphs = []
         residual: ResidualStream | None = None
         for index in range(len(self._decoder.layers) + 1):
+            yield
+            self._attention.slot_mapping = self._slot_mapping[:size]  # a step in between has set its own
             graph: Any = torch.cuda.CUDAGraph()
             with capturing(graph, self._pool):
                 if index < len(self._decoder.layers):

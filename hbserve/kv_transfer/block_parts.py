@@ -79,6 +79,19 @@ class BlockParts:
         arena.index_copy_(0, index, words.to(arena.device))
 
     @torch.inference_mode()
+    def rehearse(self, part: Part) -> None:
+        """Copy some zeros as `take` and `put` would: a GPU loads kernels at their first use, which stops its steps."""
+        scattered = range(0, 2 * _MAX_COPIED_RUNS + 1, 2)
+        blocks = torch.zeros(
+            scattered[-1] + 1, self.kv_blocks.shape[1], dtype=torch.uint8, device=self.kv_blocks.device
+        )
+        scratch = BlockParts(blocks, self._num_rows)
+        for block_ids in (scattered, scattered[:1]):
+            buffer = torch.empty(len(block_ids), self.part_bytes(part), dtype=torch.uint8, device=blocks.device)
+            scratch.take(block_ids, part, buffer)
+            scratch.put(block_ids, part, buffer)
+
+    @torch.inference_mode()
     def merge(self, block_ids: Sequence[int], num_parts: int) -> None:
         """Reorder blocks in which the parts lie one after the other, so that each row holds its share of all parts."""
         width = self.kv_blocks.shape[1] // self._num_rows // num_parts

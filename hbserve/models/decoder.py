@@ -13,7 +13,7 @@ Families differ in the norms, in the activation and in factors (`hbserve.model_f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -164,13 +164,26 @@ class Decoder:
             layers: compute these layers only, to load their kernels; the result then has no meaning.
         """
         stream = self.embed(token_ids)
-        q, attended = (self.heads_buffer(len(token_ids)) for _ in range(2))
+        for _ in self.pass_layers(stream, positions, attention, on_stored, layers):
+            pass
+        return self.finish(stream)
+
+    def pass_layers(
+        self,
+        stream: ResidualStream,
+        positions: Tensor,
+        attention: Attention,
+        on_stored: Callable[[int], None] = lambda layer: None,
+        layers: Iterable[int] | None = None,
+    ) -> Iterator[None]:
+        """Pass the residual stream through the layers, and yield after each; arguments as those of `forward`."""
+        q, attended = (self.heads_buffer(len(positions)) for _ in range(2))
         for index in range(len(self.layers)) if layers is None else layers:
             self.before_attention(index, stream, positions, attention, q)
             on_stored(index)
             attention.attend(index, q, attended)
             self.after_attention(index, stream, attended, attention)
-        return self.finish(stream)
+            yield
 
     def embed(self, token_ids: Tensor) -> ResidualStream:
         """Start the residual stream with the tokens' embeddings."""

@@ -64,6 +64,15 @@ class CudaShare:
         _call("cuGreenCtxStreamCreate", ctypes.byref(stream), context, ctypes.c_uint(_NON_BLOCKING), ctypes.c_int(0))
         self.num_multiprocessors = _count(part)
         self.stream: Any = torch.cuda.ExternalStream(stream.value, device=device)  # type: ignore[no-untyped-call]
+        _STREAMS.add(self.stream.cuda_stream)
+
+
+_STREAMS: set[int] = set()
+
+
+def is_of_share(stream: Any) -> bool:
+    """Whether a `torch.cuda.Stream` is that of a `CudaShare` of this process."""
+    return stream.cuda_stream in _STREAMS
 
 
 def size_of_first(total: int, percentage: int) -> int:

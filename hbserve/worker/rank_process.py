@@ -119,7 +119,8 @@ class RankWorker:
             while (payload := self._plans.recv_bytes()) != END_OF_PLANS:
                 work = decoder.decode(payload)
                 if isinstance(work, CaptureGraph):
-                    rank.runner.capture(work)
+                    for _ in rank.runner.capture(work):
+                        pass
                 elif not pipeline.launch(work):
                     threading.Event().wait(_FAREWELL_S)  # rank 0 gets the failure, and ends this process
                     return EXIT_FAILED

@@ -18,8 +18,9 @@ import logging
 import os
 import queue
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -68,6 +69,9 @@ _SCHEDULER_CHECK_INTERVAL_S = 0.25
 _IDLE_S = 0.5
 """Time without work after which a worker captures graphs: the first requests after its start do not wait for them."""
 _MIN_WAIT_S = 0.01
+_PART_PAUSE_S = 1e-3
+"""Time between two parts of a capture, for the other threads of this process."""
+_DONE: Any = object()
 _MAX_LAST_WAIT_S = 5.0
 """How long an ending worker waits for another worker's step: that worker and the scheduler may have been killed."""
 
@@ -134,6 +138,7 @@ class WorkerProcess:
         self._epoch = 0
         self._is_used = False  # whether the scheduler has sent anything for this epoch
         self._unfinished = UnfinishedSteps()
+        self._capture: Iterator[None] | None = None  # under way
         self._exit_code = 0
 
     def run(self) -> int:
@@ -210,9 +215,10 @@ class WorkerProcess:
                 self._events.post(events.StepDropped(plan))
                 continue
             try:
-                if (graph := self._runner.next_graph(before=plan)) is not None:
-                    self._ranks.capture(graph)
-                    self._runner.capture(graph, delays=True)
+                if plan.is_probe:  # it measures a step with its graph; a request that comes behind it does not wait
+                    while self._plans.empty() and self._capture_some(is_idle=True):
+                        pass
+                self._capture_before(plan)
                 self._ranks.forward(plan)
             except OSError as error:
                 self._events.post(events.StepFailed(plan, error))
@@ -223,22 +229,47 @@ class WorkerProcess:
                 return
 
     def _next_item(self, pipeline: StepPipeline) -> tuple[StepPlan, float] | None:
-        """Wait for the next plan, or None for the end; capture graphs while there is nothing else to do.
+        """Wait for the next plan, or None for the end; capture graphs meanwhile.
 
-        A plan that comes meanwhile waits for the capture that is under way, and for no other.
+        A plan that comes meanwhile waits for the part of a capture that is under way, and for no other. Where plans
+        come faster than they are launched, each waits for one part, or the capture would never end.
         """
-        while self._runner.next_graph() is not None:
+        while self._runner.lacks_graphs:
+            idle_s = time.monotonic() - self._worked_at
+            is_idle = idle_s >= _IDLE_S and pipeline.is_idle and self._plans.empty() and not self._transfers.is_busy
+            try:
+                if self._capture_some(is_idle):
+                    wait_s = 0.0 if is_idle else _PART_PAUSE_S
+                else:
+                    wait_s = max(_MIN_WAIT_S, _IDLE_S - idle_s)
+            except OSError:
+                break  # the rank's watcher ends this process
             with contextlib.suppress(queue.Empty):
-                return self._plans.get(timeout=max(_MIN_WAIT_S, self._worked_at + _IDLE_S - time.monotonic()))
-            while self._plans.empty() and pipeline.is_idle and not self._transfers.is_busy:
-                if (graph := self._runner.next_graph()) is None:
-                    break
-                try:
-                    self._ranks.capture(graph)
-                except OSError:
-                    break  # the rank's watcher ends this process
-                self._runner.capture(graph)
+                return self._plans.get(wait_s > 0, wait_s or None)
         return self._plans.get()
+
+    def _capture_some(self, is_idle: bool) -> bool:
+        """Do one part of a capture, of that under way or of the next; False if none is due."""
+        if self._capture is None:
+            graph = self._runner.next_graph(is_idle)
+            if graph is None:
+                return False
+            self._ranks.capture(graph)
+            self._capture = self._runner.capture(graph)
+        if next(self._capture, _DONE) is _DONE:
+            self._capture = None
+        return True
+
+    def _capture_before(self, plan: StepPlan) -> None:
+        """Capture what a plan must wait for."""
+        if plan.role is not None and not self._runner.is_prepared_for(plan.role):
+            while self._capture is not None:  # the graphs of a role are captured at once, and no two at a time
+                self._capture_some(is_idle=False)
+        if (graph := self._runner.graph_before(plan)) is not None:
+            self._ranks.capture(graph)
+            for _ in self._runner.capture(graph):
+                pass
+            self._runner.note_delay()
 
     # --- any thread ------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import torch
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.config import from_dict
-from hbserve.engine.capture import capturing, run_to_capture
+from hbserve.engine.capture import Parts, capture_in_parts, capturing, run_through, run_to_capture
 from hbserve.engine.model_runner import ModelRunner
 from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.platform import make_platform
@@ -203,6 +203,33 @@ def test_other_threads_may_allocate_during_a_capture() -> None:
         ends.set()
         thread.join()
     assert not failures
+
+
+def test_steps_may_run_between_the_parts_of_a_capture() -> None:
+    x = torch.ones(1 << 20, device="cuda")
+
+    def parts() -> Parts[torch.Tensor]:
+        y = x
+        for _ in range(20):
+            y = y + x
+            yield
+        return y
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        first: Any = torch.cuda.CUDAGraph()
+        one = run_through(capture_in_parts(first, None, parts()))
+        second: Any = torch.cuda.CUDAGraph()
+        capture, kept = capture_in_parts(second, first.pool(), parts()), []
+        for number in range(20):
+            next(capture)
+            first.replay()
+            size = (2 + number) << 20  # larger than all before, so none comes from a cache
+            kept.append(torch.full((size,), number, dtype=torch.float32, device="cuda"))
+            assert float(one.sum() + kept[-1][-1]) == 21 * len(x) + number
+        two = run_through(capture)
+        second.replay()
+        assert (two == 21).all()
+        assert all((tensor == number).all() for number, tensor in enumerate(kept))
 
 
 @pytest.mark.parametrize("has_graphs", [True, False])
