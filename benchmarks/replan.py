@@ -2,6 +2,8 @@
 
 ``changes``: two unified instances become one for prefill and one for decode, and back, while streams decode and prompts
 arrive. ``learning``: a system in mode ``auto`` without a profile of its model learns one, while single requests arrive.
+``auto``: a system in mode ``auto`` with given targets, which an operator has changed to replicas, gets a load for which
+another plan is predicted to be better; it has to change by itself.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _TIME_AFTER_S = 8.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("part", choices=("changes", "learning"))
+    parser.add_argument("part", choices=("changes", "learning", "auto"))
     parser.add_argument("--model", required=True, help="a model folder, or the name of a shape, such as qwen3-8b")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--gpus", default="0,0", help="changes: GPU of each instance")
@@ -45,27 +47,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=512, help="prompt tokens of a stream")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt that arrives; 0: none do")
     parser.add_argument("--interval", type=float, default=0.3, metavar="S", help="time between two such prompts")
+    parser.add_argument(
+        "--output", type=int, default=200, help="auto: mean output tokens; --prompt: mean prompt tokens"
+    )
+    parser.add_argument("--rate", type=float, default=36.0, help="auto: requests per second")
+    parser.add_argument(
+        "--targets", type=float, nargs=2, default=(500.0, 10.0), metavar="MS", help="auto: TTFT and TPOT"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="changes there and back")
     parser.add_argument("--log-level", default="WARNING", help="of the log on standard error")
     parser.add_argument("--quantization", help="learning: fp8")
-    parser.add_argument("--seconds", type=float, default=120.0, help="learning: how long at most")
+    parser.add_argument("--seconds", type=float, default=120.0, help="learning, auto: how long at most")
     parser.add_argument("--json", type=Path, metavar="FILE")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run one part, print its results, and write them as JSON."""
-    part = _changes if arguments.part == "changes" else _learning
+    part = {"changes": _changes, "learning": _learning, "auto": _auto}[arguments.part]
     results = asyncio.run(part(arguments))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-async def _changes(given: argparse.Namespace) -> dict[str, Any]:
-    folder = find_model(given.model)
-    instances = [
+def _instances(given: argparse.Namespace) -> list[dict[str, Any]]:
+    return [
         {"instance_id": f"unified-{number}", "instance_type": "unified", "gpu_id": int(gpu)}
         for number, gpu in enumerate(given.gpus.split(","))
     ]
+
+
+async def _changes(given: argparse.Namespace) -> dict[str, Any]:
+    folder, instances = find_model(given.model), _instances(given)
     config = PdDisaggConfig.from_arguments(
         str(folder),
         mode="auto",
@@ -137,6 +149,62 @@ def _note(rows: list[dict[str, Any]], name: str, took: float, load: StreamLoad, 
 
 def _clock(at: float) -> str:
     return f"{time.strftime('%H:%M:%S', time.gmtime(at))}.{at % 1 * 1000:03.0f}Z"
+
+
+async def _auto(given: argparse.Namespace) -> dict[str, Any]:
+    folder = find_model(given.model)
+    ttft_ms, tpot_ms = given.targets
+    config = PdDisaggConfig.from_arguments(
+        str(folder),
+        mode="auto",
+        device=given.device,
+        load_format=default_load_format(folder),
+        num_blocks=given.num_blocks,
+        max_model_len=4096,
+        kv_transfer_backend=given.backend,
+        log_level=given.log_level,
+        ttft_target_ms=ttft_ms,
+        tpot_target_ms=tpot_ms,
+        gpu_instances=_instances(given),
+    )
+    rng, served = random.Random(1), list[tuple[float, float, float]]()  # arrival, TTFT and TPOT, s
+    async with DisaggregatedLLM(config) as llm:
+        running = llm.running_plan
+        assert running is not None
+        print(f"started as {running.plan.instances}: {running.plan.why}")
+        await running.change_to(f"unified*{len(running.plan.instances)}")
+
+        async def ask(number: int) -> None:
+            length, count = (
+                max(2, int(mean * rng.lognormvariate(-0.18, 0.6))) for mean in (given.prompt, given.output)
+            )
+            prompt = random_prompt(length, number, llm.engine.vocab_size)
+            sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+            asked, times = time.monotonic(), list[float]()
+            async for delta in llm.stream(prompt, sampling):
+                times.extend([time.monotonic()] * len(delta.token_ids))
+            served.append((asked, times[0] - asked, (times[-1] - times[0]) / max(1, len(times) - 1)))
+
+        began, tasks, number = time.monotonic(), set[asyncio.Task[None]](), 0
+        next_at = began
+        while time.monotonic() < began + given.seconds:
+            number += 1
+            tasks.add(asyncio.create_task(ask(number)))
+            next_at += rng.expovariate(given.rate)
+            await asyncio.sleep(max(0.0, next_at - time.monotonic()))
+        await asyncio.gather(*tasks)
+        plan, wall_s = running.plan, time.time() - time.monotonic()
+    windows = []
+    for start in range(0, int(given.seconds), 5):
+        rows = [row for row in served if start <= row[0] - began < start + 5]
+        met = sum(1000 * ttft <= ttft_ms and 1000 * tpot <= tpot_ms for _, ttft, tpot in rows)
+        windows.append({"from_s": start, "requests": len(rows), "met": round(met / max(1, len(rows)), 3)})
+        print("{:>3} s: {:>4} requests, {:.3f} within both targets".format(*windows[-1].values()))
+    changes = [msgspec.to_builtins(change) for change in plan.changes]
+    for change in changes:
+        at_s = change["at"] - wall_s - began
+        print(f"{at_s:.1f} s, {change['by']}: {change['before']} to {change['after']}: {change['why']}")
+    return {"started": plan.instances, "windows": windows, "changes": changes, "load": plan.load}
 
 
 async def _learning(given: argparse.Namespace) -> dict[str, Any]:
