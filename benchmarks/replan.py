@@ -25,6 +25,7 @@ from hbserve.platform import mps
 from hbserve.policy.profile_file import LearntProfile, load_profile, profiled_predictor
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.system.auto_plan import choose
+from hbserve.system.running_plan import RunningPlan
 
 _SETTLE_S = 1.0
 _TAIL_S = 1.5
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=36.0, help="auto: requests per second")
     parser.add_argument(
         "--targets", type=float, nargs=2, default=(500.0, 10.0), metavar="MS", help="auto: TTFT and TPOT"
+    )
+    parser.add_argument(
+        "--look", type=float, default=30.0, metavar="S", help="auto: time between two looks at the load"
     )
     parser.add_argument("--rounds", type=int, default=3, help="changes there and back")
     parser.add_argument("--log-level", default="WARNING", help="of the log on standard error")
@@ -186,13 +190,14 @@ async def _auto(given: argparse.Namespace) -> dict[str, Any]:
             served.append((asked, times[0] - asked, (times[-1] - times[0]) / max(1, len(times) - 1)))
 
         began, tasks, number = time.monotonic(), set[asyncio.Task[None]](), 0
-        next_at = began
+        next_at, looks = began, asyncio.create_task(_look(running, given.look))
         while time.monotonic() < began + given.seconds:
             number += 1
             tasks.add(asyncio.create_task(ask(number)))
             next_at += rng.expovariate(given.rate)
             await asyncio.sleep(max(0.0, next_at - time.monotonic()))
         await asyncio.gather(*tasks)
+        looks.cancel()
         plan, wall_s = running.plan, time.time() - time.monotonic()
     windows = []
     for start in range(0, int(given.seconds), 5):
@@ -205,6 +210,13 @@ async def _auto(given: argparse.Namespace) -> dict[str, Any]:
         at_s = change["at"] - wall_s - began
         print(f"{at_s:.1f} s, {change['by']}: {change['before']} to {change['after']}: {change['why']}")
     return {"started": plan.instances, "windows": windows, "changes": changes, "load": plan.load}
+
+
+async def _look(running: RunningPlan, interval_s: float) -> None:
+    """Have the plan judged sooner than each 30 s; the rule is the same."""
+    while True:
+        await asyncio.sleep(interval_s)
+        await running.look(time.monotonic())
 
 
 async def _learning(given: argparse.Namespace) -> dict[str, Any]:
