@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -171,7 +173,7 @@ async def _auto(given: argparse.Namespace) -> dict[str, Any]:
         tpot_target_ms=tpot_ms,
         gpu_instances=_instances(given),
     )
-    rng, served = random.Random(1), list[tuple[float, float, float]]()  # arrival, TTFT and TPOT, s
+    rng, served = random.Random(1), list[tuple[float, list[float]]]()  # arrival and times of tokens
     async with DisaggregatedLLM(config) as llm:
         running = llm.running_plan
         assert running is not None
@@ -187,7 +189,7 @@ async def _auto(given: argparse.Namespace) -> dict[str, Any]:
             asked, times = time.monotonic(), list[float]()
             async for delta in llm.stream(prompt, sampling):
                 times.extend([time.monotonic()] * len(delta.token_ids))
-            served.append((asked, times[0] - asked, (times[-1] - times[0]) / max(1, len(times) - 1)))
+            served.append((asked, times))
 
         began, tasks, number = time.monotonic(), set[asyncio.Task[None]](), 0
         next_at, looks = began, asyncio.create_task(_look(running, given.look))
@@ -200,11 +202,18 @@ async def _auto(given: argparse.Namespace) -> dict[str, Any]:
         looks.cancel()
         plan, wall_s = running.plan, time.time() - time.monotonic()
     windows = []
-    for start in range(0, int(given.seconds), 5):
-        rows = [row for row in served if start <= row[0] - began < start + 5]
-        met = sum(1000 * ttft <= ttft_ms and 1000 * tpot <= tpot_ms for _, ttft, tpot in rows)
-        windows.append({"from_s": start, "requests": len(rows), "met": round(met / max(1, len(rows)), 3)})
-        print("{:>3} s: {:>4} requests, {:.3f} within both targets".format(*windows[-1].values()))
+    for start in range(0, int(given.seconds), 2):
+        rows = [(asked, times) for asked, times in served if start <= asked - began < start + 2]
+        ttfts_ms = [1000 * (times[0] - asked) for asked, times in rows]
+        tpots_ms = [1000 * (times[-1] - times[0]) / max(1, len(times) - 1) for _, times in rows]
+        met = sum(ttft <= ttft_ms and tpot <= tpot_ms for ttft, tpot in zip(ttfts_ms, tpots_ms, strict=True))
+        gaps = [(1000 * (b - a), b) for _, times in served for a, b in itertools.pairwise(times)]
+        longest_ms = max((ms for ms, at in gaps if start <= at - began < start + 2), default=0.0)
+        window = [start, len(rows), round(met / max(1, len(rows)), 3)]
+        window += [round(statistics.median(ms), 1) if ms else 0.0 for ms in (ttfts_ms, tpots_ms)]
+        windows.append([*window, round(longest_ms, 1)])
+        text = "{:>3} s: {:>3} requests, {:.3f} within both targets; median TTFT {}, TPOT {}; longest gap {} ms"
+        print(text.format(*windows[-1]))
     changes = [msgspec.to_builtins(change) for change in plan.changes]
     for change in changes:
         at_s = change["at"] - wall_s - began

@@ -332,8 +332,11 @@ class ModelRunner:
         self._layers = self._decoder.typical_layers
         with contextlib.nullcontext() if self._graphs is None else self._graphs.of_layers(self._layers):
             short = self._attention.short_chunk_tokens
-            for length in [1, *([] if short is None else [short]), longest] if role.prefills else [1]:
-                self.launch(self._rehearsal(length, spare_block), self._yield_device).result()
+            lengths = [[1], *([] if short is None else [[short]]), [longest]] if role.prefills else [[1]]
+            if role.prefills and role.decodes and self._table.max_num_seqs > 1:
+                lengths.append([1, 2])  # the attention of both kinds of rows in one step
+            for each in lengths:
+                self.launch(self._rehearsal(each, spare_block), self._yield_device).result()
         self._layers = None
 
     def _yield_device(self, layer: int) -> None:
@@ -341,18 +344,24 @@ class ModelRunner:
         self.platform.synchronize()
         time.sleep(_PAUSE_S)
 
-    def _rehearsal(self, length: int, spare_block: int) -> StepPlan:
-        """Return a step with a whole prompt that belongs to no request."""
-        state = SequenceState(
-            slot=0,
-            block_ids=[spare_block] * -(-length // self.layout.block_size),
-            sampling=SamplingParams(temperature=1.0, seed=0, max_tokens=1),
-            end_token_ids=[],
-            min_end_position=0,
-            num_prompt_tokens=length,
-        )
-        row = PlanRow(slot=0, start=0, num_tokens=length, token_ids=[0] * length, new_block_ids=[], sample=True)
-        return StepPlan(epoch=0, step_id=0, rows=[row], new_sequences=[state], sends=[])
+    def _rehearsal(self, lengths: list[int], spare_block: int) -> StepPlan:
+        """Return a step with whole prompts that belong to no request."""
+        states = [
+            SequenceState(
+                slot=slot,
+                block_ids=[spare_block] * -(-length // self.layout.block_size),
+                sampling=SamplingParams(temperature=1.0, seed=0, max_tokens=1),
+                end_token_ids=[],
+                min_end_position=0,
+                num_prompt_tokens=length,
+            )
+            for slot, length in enumerate(lengths)
+        ]
+        rows = [
+            PlanRow(slot=slot, start=0, num_tokens=length, token_ids=[0] * length, new_block_ids=[], sample=True)
+            for slot, length in enumerate(lengths)
+        ]
+        return StepPlan(epoch=0, step_id=0, rows=rows, new_sequences=states, sends=[])
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, on_stored: Callable[[int], None] = lambda layer: None) -> PendingStep:

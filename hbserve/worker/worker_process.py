@@ -18,7 +18,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,7 @@ class WorkerProcess:
         self._epoch = 0
         self._is_used = False  # whether the scheduler has sent anything for this epoch
         self._unfinished = UnfinishedSteps()
-        self._capture: Iterator[None] | None = None  # under way
+        self._capture: Generator[None, None, None] | None = None  # under way
         self._exit_code = 0
 
     def run(self) -> int:
@@ -196,6 +196,8 @@ class WorkerProcess:
             status = {"start_s": stopwatch.parts, "memory_bytes": memory_bytes, "rank_pids": ranks.pids}
             child.report_status({"ready": True, **status})
             self._launch_steps(pipeline)
+            if self._capture is not None:
+                self._capture.close()
         ranks.end_plans()
         pipeline.close()
         if self._exit_code:

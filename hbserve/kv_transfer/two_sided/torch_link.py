@@ -177,9 +177,13 @@ class _Link:
     def _connect_devices(self) -> None:
         """Pass one byte, because NCCL connects two GPUs only at the first message, and the first request would wait.
 
-        The first use of NCCL and of the copies' kernels stops the steps of both GPUs for about 0.1 s.
+        The first use of NCCL and of the copies' kernels, and allocations after that, stop the steps of both GPUs, for
+        0.1 s in all.
         """
         began = time.monotonic()
+        piece_bytes = self._piece_bytes()
+        for index in range(_NUM_SLOTS):
+            self._slot(index, 1, self._part_bytes, piece_bytes)
         with self._on_stream(0):
             self._all_layers.rehearse(self._part)
             byte = torch.zeros(1, dtype=torch.uint8, device=self._device)
@@ -188,6 +192,11 @@ class _Link:
             work.wait()
         self._wait(0, work)
         logger.debug("KV link %s: connected the GPUs in %.2f s", self.name, time.monotonic() - began)
+
+    def _piece_bytes(self) -> int:
+        """Compute the bytes of a piece of whole blocks, at most; both ends have the same."""
+        limit = min(_PIECE_BYTES[self._device.type], self._context.buffer_size // _NUM_SLOTS)
+        return max(1, limit // self._part_bytes) * self._part_bytes
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -252,8 +261,7 @@ class SendingLink(_Link):
         """Send a batch; return when all of it is sent. Raises KVTransferError if the link fails."""
         self.rendezvous()
         with self._explained():
-            limit = min(_PIECE_BYTES[self._device.type], self._context.buffer_size // _NUM_SLOTS)
-            piece_bytes = max(1, limit // self._part_bytes) * self._part_bytes
+            piece_bytes = self._piece_bytes()
             chunks = [
                 (digest_of(item.transfer_id), len(item.source_blocks) * (self._part_bytes // item.layers.count))
                 for item in items
