@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hbserve.bench.request_record import RequestTargets
+from hbserve.bench.request_record import RequestTargets, percentile
+from hbserve.config import InstanceRole, SchedulerConfig
 from hbserve.policy.profile_file import profiled_predictor
-from hbserve.simulate.config import Sizes
+from hbserve.simulate.config import Sizes, make_config
 from hbserve.simulate.requests import SimulatedRequest
 from hbserve.simulate.standard_loads import standard_load
 from hbserve.simulate.systems import Setting, System, simulate
+from hbserve.simulate.world import SimulatedSystem
 from tests.support.simulated_load import KINDS, drawn
 
 TUNED = ("unified@1024", "semi_pd@100-100")
@@ -48,3 +50,25 @@ def test_nor_under_loads_that_no_rule_was_made_for() -> None:
             assert met["unified"] > max(met.values()) - 3.5 / NUM_REQUESTS, (kind, rate, seed, met)
             sums = {name: sums[name] + met[name] for name in sums}
     assert sums["unified"] >= max(sums.values()) - TOLERANCE * len(KINDS) * 2 * len(SEEDS)
+
+
+def test_without_targets_of_clients_prompts_wait_less_and_the_last_ones_no_longer() -> None:
+    """Beside first come, first served in steps of as many tokens, on two draws of bursts of code completion."""
+    guess = SchedulerConfig(ttft_ms=86.0, ttft_ms_per_1k_tokens=197.0, tpot_ms=43.0, targets_are_soft=True)
+    soft = Sizes(scheduler=guess)
+    first_come = Sizes(
+        chunk_size=2048,
+        max_chunk_prefill_tokens=2048,
+        max_num_batched_tokens=2048,
+        scheduler=SchedulerConfig(policy="fcfs"),
+    )
+    times_ms: list[list[float]] = []
+    for sizes in (soft, first_come):
+        times_ms.append([])
+        for seed in SEEDS:
+            requests = standard_load("code", 12.0, 150, seed)
+            SimulatedSystem(make_config([InstanceRole.UNIFIED], sizes), STEPS, sizes.num_blocks).serve(requests)
+            times_ms[-1] += [request.ttft_ms for request in requests]
+        times_ms[-1].sort()
+    assert percentile(times_ms[0], 50) < 0.95 * percentile(times_ms[1], 50)
+    assert percentile(times_ms[0], 99) < 1.02 * percentile(times_ms[1], 99)
