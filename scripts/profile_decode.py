@@ -29,7 +29,7 @@ NUM_IN_FLIGHT = 3
 WARM_UP_STEPS = 20
 KINDS = {
     "attention": ("_decode_kernel",),
-    "matrix products": ("nvjet", "gemm", "cublas", "_one_row_linear"),
+    "matrix products": ("nvjet", "gemm", "cublas", "_one_row"),
     "norms, rotation, gate": ("_add_rms_norm", "_norm_rotate_store", "_silu_and_mul"),
     "sampling": ("_best_of",),
     "copies": ("Memcpy", "Memset"),

@@ -2,7 +2,7 @@
 
 | rows | kernel | bound by |
 |---|---|---|
-| 1, of at most 16384 inputs | `hbserve.layers.fp8_one_row`, with norm, gate and sum | reading weights |
+| 1, of at most 16384 inputs | `hbserve.layers.one_row`, with norm, gate and sum | reading weights |
 | 1 to 64; to 256 where outputs are few; to 512 where weights have blocks | the one here | reading weights |
 | more | cuBLASLt, through `torch._scaled_mm` | multiplying |
 | more, weights in blocks | cuBLASLt in the model's dtype, after both operands have been converted to it | multiplying |
@@ -30,18 +30,18 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.layers.fp8 import Fp8Linear, Quantised
-from hbserve.layers.fp8_one_row import fp8_one_row
 from hbserve.layers.fp8_rows import fp8_memory, fp8_norm, fp8_rows, widen
 from hbserve.layers.fused import silu_and_mul
 from hbserve.layers.linear import PlainLinear, Rows
+from hbserve.layers.one_row import one_row
 from hbserve.platform.cuda_driver import overlaps
 
 MAX_SMALL_ROWS = 64
 """Maximum rows of a batch that is bound by reading weights."""
 
 _MAX_ONE_ROW_INPUTS = 16384
-"""Inputs up to which a single row has a kernel of its own. With 25,600, in 16 warps of 128 registers, it gave NaN on an
-H200 (torch 2.11, Triton 3.6); why is not known, because its PTX is right."""
+"""Inputs up to which a single row has a kernel of its own. An earlier one gave NaN for 25,600 on an H200, in 16 warps of
+128 registers (torch 2.11, Triton 3.6); why is not known, because its PTX is right. This one has not been tried there."""
 
 _FEW_OUTPUTS = ((128, 132 * 64), (256, 32 * 64))
 """Maximum rows, and outputs up to which cuBLASLt leaves multiprocessors without work; from a sweep on an H200."""
@@ -183,7 +183,7 @@ class Fp8Kernels:
         has_bias: bool = True,
     ) -> Tensor:
         if layer.weight.shape[1] <= _MAX_ONE_ROW_INPUTS:
-            return fp8_one_row(
+            return one_row(
                 layer, x, norm=norm, eps=eps, residual=residual, is_gated=is_gated, out=out, has_bias=has_bias
             )
         rows = fp8_rows(layer, x) if norm is None else fp8_norm(layer, x, None, norm, eps)

@@ -13,13 +13,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.float8 import FP8
 from hbserve.layers.fp8 import Fp8Linear, Quantised
-from hbserve.layers.fp8_one_row import GROUPED, STATIC, mode_of, to_fp8
 from hbserve.layers.fused import add_residual
 from hbserve.platform.cuda_driver import overlaps
 from hbserve.weight_format import BLOCK_SIZE
 
+DYNAMIC, STATIC, GROUPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What has one scale of inputs: each row, all rows, or each 128 inputs of a row."""
+
 _MAX_LANES = 16384
 """Values that a program holds; wider rows are computed twice, for their peak and for their values."""
+
+
+@triton.jit
+def to_fp8(values, inverse_scale):  # type: ignore[no-untyped-def]
+    """Round float32 values times a factor to FP8, which has no infinity: they are clamped."""
+    return tl.clamp(values * inverse_scale, -448.0, 448.0).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -133,6 +141,13 @@ def widen(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return out
+
+
+def mode_of(layer: Fp8Linear) -> tl.constexpr:
+    """Return what has one scale of the layer's inputs."""
+    if layer.has_blocks:
+        return GROUPED
+    return DYNAMIC if layer.input_scale is None else STATIC
 
 
 def fp8_memory(layer: Fp8Linear, num_rows: int, num_inputs: int) -> Quantised:

@@ -75,7 +75,7 @@ class LinearKernels(Protocol):
         out: Tensor | None = None,
         has_bias: bool = True,
     ) -> Tensor:
-        """Compute the layer on a single row; see `hbserve.layers.one_row.one_row_linear`."""
+        """Compute the layer on a single row; see `hbserve.layers.one_row.one_row`."""
 
     def many_rows(self, layer: Any, rows: Rows, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         """Compute the layer; see `Linear.__call__`."""

@@ -61,6 +61,12 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors this process has: its share, where CUDA MPS gives it one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
 

@@ -77,6 +77,8 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
         (5120, 17408, "channel"),
         (5120, 25600, "channel"),
         (6144, 1152, "static"),
+        (40_064, 256, "channel"),  # several tiles of rows for each program of the kernel for one row
+        (40_064, 256, "block"),
     ],
 )
 def test_linear_kernels_equal_the_reference(num_outputs: int, size: int, kind: str) -> None:

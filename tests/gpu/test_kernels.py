@@ -148,25 +148,40 @@ def test_paged_decode_of_several_tokens_of_a_sequence(
         assert_close(out[row], F.scaled_dot_product_attention(grouped, keys, values).reshape(heads, head_dim))
 
 
-@pytest.mark.parametrize(("rows", "size"), [(96, 100), (1024, 2048), (130, 12288), (64, 5120)])
-def test_one_row_linear(rows: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "size", "dtype"),
+    [
+        (96, 100, torch.bfloat16),
+        (1024, 2048, torch.bfloat16),
+        (130, 12288, torch.bfloat16),
+        (64, 5120, torch.float16),
+        (96, 100, torch.float32),
+        (40_002, 256, torch.bfloat16),
+    ],
+)
+def test_one_row(rows: int, size: int, dtype: torch.dtype) -> None:
+    """The last case gives each program several tiles of rows."""
+    from hbserve.layers.linear import PlainLinear
     from hbserve.layers.norms import rms_norm
-    from hbserve.layers.one_row import one_row_linear
+    from hbserve.layers.one_row import one_row
 
-    x, weight, bias, norm = random(1, size), random(rows, size, scale=0.02), random(rows), random(size)
-    residual = random(1, rows)
+    x, bias, norm = (random(*shape).to(dtype) for shape in ((1, size), (rows,), (size,)))
+    weight = random(rows, size, scale=0.02).to(dtype)
+    plain, layer = PlainLinear(weight), PlainLinear(weight, bias)
+    residual = random(1, rows).to(dtype)
     product = F.linear(x.float(), weight.float())
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
-    assert one_row_linear(x, weight, out=out) is out
+    assert one_row(plain, x, out=out) is out
     assert_close(out, product)
-    assert_close(one_row_linear(x, weight, bias), product + bias)
+    assert_close(one_row(layer, x), product + bias)
+    assert_close(one_row(layer, x, has_bias=False), product)
     expected = residual + product
-    assert one_row_linear(x, weight, residual=residual) is residual
+    assert one_row(plain, x, residual=residual) is residual
     assert_close(residual, expected)
     normed = F.linear(rms_norm(x, norm, 1e-6).float(), weight.float())
-    assert_close(one_row_linear(x, weight, bias, norm=norm, eps=1e-6), normed + bias)
+    assert_close(one_row(layer, x, norm=norm, eps=1e-6), normed + bias)
     gate, up = normed.chunk(2, dim=1)
-    assert_close(one_row_linear(x, weight, norm=norm, eps=1e-6, gated=True), F.silu(gate) * up)
+    assert_close(one_row(plain, x, norm=norm, eps=1e-6, is_gated=True), F.silu(gate) * up)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 200])
