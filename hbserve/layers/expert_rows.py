@@ -1,8 +1,8 @@
 """Triton kernels for the experts of one token: they read rows of weights, as `hbserve.layers.one_row` does.
 
-The first kernel computes the router's outputs; its last program chooses the experts. The second computes gate, up and
-the activation of each expert, the third all down projections and their weighted sum. Each starts before the one before
-has ended, and then reads what is there already: the second the token, the third its weights.
+The first kernel computes the router's outputs. Its program that ends last chooses the experts; one more program
+prepares the token for the second kernel. That one computes gate, up and the activation of each expert, the third all
+down projections and their weighted sum. Each starts before the one before has ended; the third then reads its weights.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hbserve.layers.expert_routing import Choosing, choose_of_token
 from hbserve.layers.experts import ExpertWeights
 from hbserve.layers.one_row import split_row
+from hbserve.layers.packed_row import ROW_PEAK, chunk_sums, load_words, pack_row
 from hbserve.model_families.declaration import Experts
 from hbserve.platform.cuda_driver import overlaps
 
@@ -53,8 +54,7 @@ def _read_row(  # type: ignore[no-untyped-def]
     x, norm, columns, eps, size: tl.constexpr, has_norm: tl.constexpr
 ):
     """Load a row in float32; apply an RMS norm, rounded as in `hbserve.layers.norms`."""
-    # not from the first-level cache: a program may read this before its gdc_wait()
-    values = tl.load(x + columns, mask=columns < size, other=0.0, cache_modifier=".cg").to(tl.float32)
+    values = tl.load(x + columns, mask=columns < size, other=0.0).to(tl.float32)
     if has_norm:
         dtype = x.dtype.element_ty
         weights = tl.load(norm + columns, mask=columns < size, other=0.0)
@@ -65,15 +65,17 @@ def _read_row(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _router_kernel(  # type: ignore[no-untyped-def]
-    x, norm, weight, bias, slots, logits, counter, totals, chosen, shares, eps, scale, first_expert, num_local,
+    x, norm, weight, bias, slots, logits, counter, totals, chosen, shares, row, step, eps, scale, first_expert,
+    num_local,
     num_experts: tl.constexpr, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr, num_groups: tl.constexpr,
     num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr, is_sigmoid: tl.constexpr,
     has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr,
-    size: tl.constexpr, block: tl.constexpr, has_norm: tl.constexpr, overlap: tl.constexpr,
+    size: tl.constexpr, block: tl.constexpr, has_norm: tl.constexpr, is_fp8: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
     columns = tl.arange(0, block)
-    weights = tl.load(weight + expert * size + columns, mask=columns < size, other=0.0)
+    in_matrix = (columns < size) & (expert < num_experts)
+    weights = tl.load(weight + expert * size + columns, mask=in_matrix, other=0.0)
     is_real = True
     if has_slots:
         is_real = tl.load(slots) >= 0
@@ -81,6 +83,13 @@ def _router_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     values = _read_row(x, norm, columns, eps, size, has_norm)
+    if expert == num_experts:  # the last program prepares the row for `_up_kernel`
+        if is_fp8:
+            peak = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12)
+            values *= ROW_PEAK / peak
+            tl.store(step, peak / ROW_PEAK)
+        tl.store(row + columns, values.to(row.dtype.element_ty), mask=columns < size)
+        return
     logit = tl.sum(values * weights.to(tl.float32), axis=0)
     tl.store(logits + expert, logit.to(logits.dtype.element_ty))
     tl.debug_barrier()  # the store comes before the count
@@ -121,40 +130,44 @@ def _scaled(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _up_kernel(  # type: ignore[no-untyped-def]
-    x, norm, weight, scale, chosen, out, num_rows, eps,
+    row, step, weight, scale, chosen, out, num_rows,
     size: tl.constexpr, block: tl.constexpr, block_rows: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, has_norm: tl.constexpr, overlap: tl.constexpr,
+    num_scales: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    form: tl.constexpr = out.dtype.element_ty if num_scales == 0 else tl.float8e4nv
+    in_word: tl.constexpr = 32 // form.primitive_bitwidth
+    words: tl.constexpr = size // in_word
+    block_words: tl.constexpr = block // in_word
+    rows = tl.minimum(tl.program_id(0) * block_rows + tl.arange(0, block_rows), num_rows - 1)
     lane = tl.program_id(1)
     columns = tl.arange(0, block)
-    # The router's kernel has waited for this row before it let this kernel start.
-    values = _read_row(x, norm, columns, eps, size, has_norm)[None, :]
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
     expert = tl.load(chosen + lane).to(tl.int64)
     if expert >= 0:
-        in_rows = rows < num_rows
-        mask = in_rows[:, None] & (columns < size)[None, :]
         first = expert * 2 * num_rows
-        gates = weight + (first + rows)[:, None] * size + columns[None, :]
-        gate = tl.load(gates, mask=mask, other=0.0)
-        up = tl.load(gates + num_rows.to(tl.int64) * size, mask=mask, other=0.0)
-        gate_values, up_values = values, values
+        gates = weight + (first + rows)[:, None] * words
+        gate_words = load_words(gates, 0, block_words, words)
+        up_words = load_words(gates + num_rows.to(tl.int64) * words, 0, block_words, words)
+        values = tl.load(row + columns, mask=columns < size, other=0.0).to(tl.float32)
+        packed = pack_row(values, block, form)
+        gate = chunk_sums(gate_words, packed, block_rows, block_words, form)
+        up = chunk_sums(up_words, packed, block_rows, block_words, form)
         if num_scales > 1:  # all rows of a program are in one block of scales
-            row = first + tl.program_id(0) * block_rows + tl.arange(0, 1)
-            gate_scales = _block_scales(scale, row, 0, block, scale_rows, num_scales)
-            up_scales = _block_scales(scale, row + num_rows, 0, block, scale_rows, num_scales)
-            gate_values = _scaled(values, gate_scales, 1, block)
-            up_values = _scaled(values, up_scales, 1, block)
-        gate = tl.sum(gate.to(tl.float32) * gate_values, axis=1)
-        up = tl.sum(up.to(tl.float32) * up_values, axis=1)
+            group = tl.minimum(tl.arange(0, block // 16) // 8, num_scales - 1)
+            begin = first + tl.program_id(0) * block_rows
+            gate *= tl.load(scale + begin // scale_rows * num_scales + group)[None, :]
+            up *= tl.load(scale + (begin + num_rows) // scale_rows * num_scales + group)[None, :]
+        gate, up = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+        if num_scales > 0:
+            row_step = tl.load(step)
+            gate *= row_step
+            up *= row_step
         if num_scales == 1:
-            gate *= tl.load(scale + (first + rows) // scale_rows, mask=in_rows, other=0.0)
-            up *= tl.load(scale + (first + num_rows + rows) // scale_rows, mask=in_rows, other=0.0)
-        activated = activate(gate, up, out.dtype.element_ty)
-        tl.store(out + lane * num_rows + rows, activated, mask=in_rows)
+            gate *= tl.load(scale + (first + rows) // scale_rows)
+            up *= tl.load(scale + (first + num_rows + rows) // scale_rows)
+        tl.store(out + lane * num_rows + rows, activate(gate, up, out.dtype.element_ty))
 
 
 @triton.jit
@@ -235,6 +248,8 @@ def mix_row(
 ) -> None:
     """Choose the experts of one token and compute them; see `hbserve.layers.grouped_experts.GroupedExperts.mix`.
 
+    A row of the experts' weights has a multiple of four bytes.
+
     Args:
         counter: int32 ``[1]``, zero before and after.
     """
@@ -242,21 +257,23 @@ def mix_row(
     choosing = Choosing.of(experts, bias)
     logits = torch.empty(experts.num_experts, dtype=weights.router.dtype, device=x.device)
     chosen = torch.empty(num_chosen, dtype=torch.int32, device=x.device)
-    shares = torch.empty(num_chosen, dtype=torch.float32, device=x.device)
+    shares, step = (torch.empty(size, dtype=torch.float32, device=x.device) for size in (num_chosen, 1))
     pairs = x.new_empty(num_chosen, inner)
+    is_fp8 = weights.up_scale is not None
+    row = torch.empty(hidden, dtype=torch.float16 if is_fp8 else x.dtype, device=x.device)
     norm_weight, eps = norm or (x, 0.0)
     overlap = overlaps(x.device)
     block = max(triton.next_power_of_2(hidden), 128)
-    _router_kernel[(experts.num_experts,)](
+    _router_kernel[(experts.num_experts + 1,)](
         x, norm_weight, weights.router, logits if bias is None else bias, logits if slots is None else slots,
-        logits, counter, totals, chosen, shares, eps, experts.scale, *local, *choosing, slots is not None,
-        hidden, block, norm is not None, overlap, num_warps=1 if block < 4096 else 4, launch_pdl=overlap,
+        logits, counter, totals, chosen, shares, row, step, eps, experts.scale, *local, *choosing, slots is not None,
+        hidden, block, norm is not None, is_fp8, overlap, num_warps=1 if block < 4096 else 4, launch_pdl=overlap,
     )  # fmt: skip
     up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
-    shape = _up_shape(block).fit(up)
+    shape = _up_shape(block, weights.up.itemsize).fit(up)
     _up_kernel[(triton.cdiv(inner, shape.rows), num_chosen)](
-        x, norm_weight, weights.up, up.scale, chosen, pairs, inner, eps, hidden, block, shape.rows,
-        up.block_rows, up.num_scales, norm is not None, overlap, num_warps=shape.num_warps, launch_pdl=overlap,
+        row, step, weights.up.view(torch.int32), up.scale, chosen, pairs, inner, hidden, block, shape.rows,
+        up.block_rows, up.num_scales, overlap, num_warps=shape.num_warps, launch_pdl=overlap,
     )  # fmt: skip
     block, tail = split_row(inner)
     lanes = choosing.chosen_lanes * triton.next_power_of_2(inner)
@@ -268,13 +285,10 @@ def mix_row(
     )  # fmt: skip
 
 
-def _up_shape(lanes: int) -> _Shape:
-    """Choose the shape for rows of ``lanes`` elements of gate and of up.
-
-    As in `hbserve.layers.one_row`, whose sweep on an H200 gave 4 rows of 2048 lanes in bfloat16.
-    """
-    rows = max(1, min(4, 8192 // lanes))
-    return _Shape(rows, max(1 if lanes < 4096 else 4, min(16, rows * lanes // 4096)))
+def _up_shape(lanes: int, itemsize: int) -> _Shape:
+    """Choose the shape for rows of ``lanes`` elements of gate and of up; 16 KiB suit a warp (a sweep on an H200)."""
+    num_warps = max(1, min(16, lanes // 2048))
+    return _Shape(max(1, 8192 * num_warps // (lanes * itemsize)), num_warps)
 
 
 def _down_shape(lanes: int, itemsize: int) -> _Shape:
@@ -282,5 +296,5 @@ def _down_shape(lanes: int, itemsize: int) -> _Shape:
 
     A program holds all its weights in registers before it waits for the kernel before; 8 KiB suit a warp.
     """
-    rows = max(1, min(4, 32768 // lanes))
+    rows = max(1, min(8, 65536 // (lanes * itemsize)))
     return _Shape(rows, max(1, min(16, rows * lanes * itemsize // 8192)))
