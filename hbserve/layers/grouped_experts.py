@@ -49,7 +49,10 @@ _TILES = (
 
 _MANY_PAIRS = _Tiles(128, 256, 64, 8, 4)
 _MANY_QUANTISED = _Tiles(128, 128, 64, 8, 4)
-"""Sums of scaled blocks and converted weights need more registers."""
+"""Sums of scaled blocks and converted weights need more registers. These tiles multiply in float16: one instruction
+converts two FP8 numbers to it, four to bfloat16."""
+
+_FLOAT16_MAX = 65504.0
 
 _FLOAT32 = _Tiles(32, 64, 32, 4, 2)
 
@@ -80,7 +83,7 @@ def _add_product(  # type: ignore[no-untyped-def]
 def _grouped_up_kernel(  # type: ignore[no-untyped-def]
     x, weight, scale, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, precision: tl.constexpr, overlap: tl.constexpr,
+    num_scales: tl.constexpr, is_narrowed: tl.constexpr, precision: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -116,7 +119,11 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
             gate *= tl.load(scale + gate_row // scale_rows, mask=in_columns, other=0.0)[None, :]
             up *= tl.load(scale + up_row // scale_rows, mask=in_columns, other=0.0)[None, :]
         target = out + pair.to(tl.int64)[:, None] * num_columns + column[None, :]
-        activated = activate(gate, up, out.dtype.element_ty)
+        if is_narrowed:  # from bfloat16 to float16, which ends earlier
+            activated = activate(gate, up, tl.bfloat16).to(tl.float32)
+            activated = tl.clamp(activated, -65504.0, 65504.0).to(tl.float16)
+        else:
+            activated = activate(gate, up, out.dtype.element_ty)
         tl.store(target, activated, mask=in_rows[:, None] & in_columns[None, :])
 
 
@@ -230,8 +237,10 @@ class GroupedExperts:
         assert not is_added, "only the kernels for one token add their result"
         assert norm is None, "only the kernels for one token compute a norm"
         logits = router_logits(x, weights, self._experts)
-        pairs = x.new_empty(x.shape[0], self._experts.num_chosen, weights.down.shape[1])
         memory = self._group_memory(x, weights.up_scale is not None)
+        is_narrowed = memory.tiles is _MANY_QUANTISED and x.dtype == torch.bfloat16
+        pairs_dtype = torch.float16 if is_narrowed else x.dtype
+        pairs = x.new_empty(x.shape[0], self._experts.num_chosen, weights.down.shape[1], dtype=pairs_dtype)
         # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
         choice = choose(logits, weights.router_bias, self._experts, self._local, slots, totals, self._counts)
         group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
@@ -252,6 +261,9 @@ class GroupedExperts:
     ) -> None:
         (num_tokens, hidden), inner, num_chosen = x.shape, pairs.shape[2], self._experts.num_chosen
         groups, tiles = memory.groups, memory.tiles
+        is_narrowed = pairs.dtype != x.dtype
+        if is_narrowed:
+            x = x.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).to(pairs.dtype)
         up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
         precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of float32 products only
         overlap = overlaps(x.device)
@@ -259,7 +271,7 @@ class GroupedExperts:
         num_blocks = triton.cdiv(inner, tiles.columns // 2)
         _grouped_up_kernel[(len(groups.tile_experts) * num_blocks,)](
             x, weights.up, up.scale, *groups, pairs, inner, num_chosen, num_blocks, hidden, tiles.rows,
-            tiles.columns // 2, tiles.step, up.block_rows, up.num_scales, precision, overlap, **options,
+            tiles.columns // 2, tiles.step, up.block_rows, up.num_scales, is_narrowed, precision, overlap, **options,
         )  # fmt: skip
         num_blocks = triton.cdiv(hidden, tiles.columns)
         _grouped_down_kernel[(len(groups.tile_experts) * num_blocks,)](
