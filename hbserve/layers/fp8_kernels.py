@@ -40,8 +40,8 @@ MAX_SMALL_ROWS = 64
 """Maximum rows of a batch that is bound by reading weights."""
 
 _MAX_ONE_ROW_INPUTS = 16384
-"""Inputs up to which a single row has a kernel of its own. An earlier one gave NaN for 25,600 on an H200, in 16 warps of
-128 registers (torch 2.11, Triton 3.6); why is not known, because its PTX is right. This one has not been tried there."""
+"""Inputs up to which a single row has a kernel of its own. An earlier one gave NaN for 25,600, in 16 warps of 128
+registers (H200, torch 2.11, Triton 3.6). Why is not known, because its PTX is right; this one has not been tried."""
 
 _FEW_OUTPUTS = ((128, 132 * 64), (256, 32 * 64))
 """Maximum rows, and outputs up to which cuBLASLt leaves multiprocessors without work; from a sweep on an H200."""
