@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -53,6 +54,12 @@ def config(model: Path = SHAPES / "qwen3-8b", ranks: int = 1, **sections: object
 def found(model: Path, gpu: str, ranks: int = 1, **arguments: object) -> FoundProfile:
     given = config(model, ranks, **arguments)
     return find_profile(ProfileKey.of(given.model, given.kv_cache, gpu))
+
+
+def test_predictions_are_trusted_as_far_as_measured_runs_say() -> None:
+    """`python -m benchmarks agreement --json docs/results/agreement.json` writes the distances."""
+    distances = json.loads((ROOT / "docs" / "results" / "agreement.json").read_text())["distances"]
+    assert {kind: round(distances[kind], 3) for kind in PREDICTION_ERRORS} == PREDICTION_ERRORS
 
 
 class Predictions:
