@@ -47,6 +47,8 @@ _FORGET = 0.95
 """Factor on the time per byte each time it makes a load not pay, so that a slow moment is not believed for ever."""
 _LATE = 2.0
 """Multiple of ``kv_cache.timeout_s`` after which a copy is given up: its worker does so sooner, if it can."""
+_NORMAL_FOR_STORES = {"full", "missing"}
+"""What a store that evicts on its own does all the time. It is counted and is no event."""
 _RATE = 0.3
 """Weight of a load in the mean time per byte."""
 
@@ -374,6 +376,8 @@ class KVTiers:
 
     def _note_failures(self, job: _Job, result: TierResult) -> None:
         kinds = set(result.failures.values())
+        if job.tier.info.by_name and kinds <= _NORMAL_FOR_STORES:
+            return
         what = "loaded" if job.load is not None else "stored"
         text = f"{len(result.failures)} of {len(job.entries)} blocks were not {what} ({', '.join(sorted(kinds))})"
         self._events.note("tier_failed", _subject(job), f"{text}: {result.error}")
