@@ -54,7 +54,7 @@ class DraftPart:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block; the features' row for padding comes to that."""
+        """Bytes of one block more; `num_bytes` has a row of features for padding besides."""
         return self.num_bytes(2) - self.num_bytes(1)
 
     def _feature_bytes(self, num_blocks: int) -> int:
@@ -78,10 +78,11 @@ class DraftPart:
         folder = config.speculation.model
         if folder is None:
             return None
-        if config.speculation.method == "eagle3" or (
-            config.speculation.method == "auto" and is_eagle3_head(Path(folder))
-        ):
+        method, is_head = config.speculation.method, is_eagle3_head(Path(folder))
+        if method == "eagle3" or (method == "auto" and is_head):
             return DraftPart._load_head(config, folder, target, block_size, platform, parallel)
+        if is_head:
+            raise ConfigError(f"{_KEY}: {folder} is an EAGLE-3 head; set speculation.method: eagle3", _KEY)
         spec = ModelSpec.load(folder, max_model_len=config.model.max_model_len)
         if spec.vocab_size > target.vocab_size:
             sizes = f"it has {spec.vocab_size} tokens, and the model has {target.vocab_size}"

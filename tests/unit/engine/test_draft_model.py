@@ -14,7 +14,7 @@ from hbserve.errors import ConfigError
 from hbserve.layers.parallel import TensorParallel
 from hbserve.model_spec import ModelSpec
 from hbserve.platform import make_platform
-from tests.support.model_zoo import VOCAB_SIZE, save_model
+from tests.support.model_zoo import VOCAB_SIZE, save_head, save_model
 
 
 def tokenizer(folder: Path, vocabulary: dict[str, int], added: dict[str, int]) -> None:
@@ -26,10 +26,10 @@ def test_what_cannot_draft_is_refused(tmp_path: Path) -> None:
     target, draft = tmp_path / "target", tmp_path / "draft"
     save_model(target, "qwen3")
 
-    def load(**model: Any) -> DraftPart | None:
+    def load(draft: Path = draft, method: str = "draft_model", **model: Any) -> DraftPart | None:
         document = {
             "model": {"path": str(target), "device": "cpu", **model},
-            "speculation": {"method": "draft_model", "model": str(draft)},
+            "speculation": {"method": method, "model": str(draft)},
         }
         platform = make_platform("cpu", 0, 1, 1)
         return DraftPart.load(from_dict(document), ModelSpec.load(target), 16, platform, TensorParallel())
@@ -45,6 +45,11 @@ def test_what_cannot_draft_is_refused(tmp_path: Path) -> None:
     tokenizer(draft, {"a": 0, "b": 1}, {"<end>": 3})
     with pytest.raises(ConfigError, match=r"another vocabulary than .*: token '<end>' is 2 and 3"):
         load()
+    save_head(tmp_path / "head")
+    with pytest.raises(ConfigError, match=r"head is an EAGLE-3 head; set speculation\.method: eagle3"):
+        load(draft=tmp_path / "head")
+    with pytest.raises(ConfigError, match=r"speculation\.model: .*Llama.* is no EAGLE-3 head; a model is for method"):
+        load(method="eagle3")
     save_model(draft, "llama", vocab_size=VOCAB_SIZE + 1)
     with pytest.raises(ConfigError, match="it has 321 tokens, and the model has 320"):
         load()
