@@ -335,10 +335,10 @@ def _launch_shape(lanes: int, itemsize: int, is_gated: bool) -> _Shape:
     """
     num_matrices = 2 if is_gated else 1
     padded_bytes = triton.next_power_of_2(lanes) * itemsize * num_matrices
-    num_warps = 4 if padded_bytes < 16384 else 8 if lanes <= 16384 else 16
+    num_warps = 4 if padded_bytes < 16384 else 8 if lanes <= 32768 else 16
     rows = max(1, min(16, num_warps * 8192 // padded_bytes))
-    if num_warps > 4:
-        return _Shape(rows, num_warps, 16 // num_warps)
+    if num_warps > 4:  # a thread of a longer row needs more registers for the row itself
+        return _Shape(rows, num_warps, 2 if lanes <= 16384 else 1)
     tile_registers = rows * lanes * itemsize * num_matrices // (4 * 32 * num_warps)
     other_registers = 72 if itemsize == 1 else 62
     num_programs = _REGISTERS // (32 * num_warps * (tile_registers + other_registers))
