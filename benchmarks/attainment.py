@@ -36,7 +36,7 @@ LOADS = {
 """Rates, and targets as measured: 7.5 and 10 times what a lone request took."""
 SYSTEMS = {
     "nothing configured": ("unified", SchedulerConfig()),
-    "best chunk by hand (1,024)": ("unified@1024", SchedulerConfig()),
+    "chunks of 1,024 by hand": ("unified@1024", SchedulerConfig()),
     "first come, chunks of 512": ("unified@512", SchedulerConfig(policy="fcfs")),
 }
 """Each line's system, by the simulator's names, and the order of prompts."""
@@ -142,6 +142,7 @@ def _draw(
         axis.grid(alpha=0.3)
     figure.supxlabel("requests per second")
     figure.supylabel("within both targets, %")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    axes.flat[0].plot([], [], "o", color="black", label="measured")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
