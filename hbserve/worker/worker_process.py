@@ -18,9 +18,8 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -50,6 +49,7 @@ from hbserve.process.events import log_event
 from hbserve.process.stopwatch import Stopwatch
 from hbserve.rpc.instance_line import RpcServer
 from hbserve.worker import events
+from hbserve.worker.captures import Captures
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.loaded_rank import loaded_rank
 from hbserve.worker.rank_group import EXIT_RANK_LOST, RankGroup
@@ -71,7 +71,6 @@ _IDLE_S = 0.5
 _MIN_WAIT_S = 0.01
 _PART_PAUSE_S = 1e-3
 """Time between two parts of a capture, for the other threads of this process."""
-_DONE: Any = object()
 _MAX_LAST_WAIT_S = 5.0
 """How long an ending worker waits for another worker's step: that worker and the scheduler may have been killed."""
 
@@ -138,7 +137,6 @@ class WorkerProcess:
         self._epoch = 0
         self._is_used = False  # whether the scheduler has sent anything for this epoch
         self._unfinished = UnfinishedSteps()
-        self._capture: Generator[None, None, None] | None = None  # under way
         self._exit_code = 0
 
     def run(self) -> int:
@@ -195,9 +193,9 @@ class WorkerProcess:
             memory_bytes = self._platform.held_memory_bytes()
             status = {"start_s": stopwatch.parts, "memory_bytes": memory_bytes, "rank_pids": ranks.pids}
             child.report_status({"ready": True, **status})
-            self._launch_steps(pipeline)
-            if self._capture is not None:
-                self._capture.close()
+            captures = Captures(self._runner, ranks)
+            self._launch_steps(pipeline, captures)
+            captures.close()
         ranks.end_plans()
         pipeline.close()
         if self._exit_code:
@@ -207,9 +205,9 @@ class WorkerProcess:
         ranks.close()
         return self._exit_code
 
-    def _launch_steps(self, pipeline: StepPipeline) -> None:
+    def _launch_steps(self, pipeline: StepPipeline, captures: Captures) -> None:
         self._worked_at = time.monotonic()
-        while (item := self._next_item(pipeline)) is not None:
+        while (item := self._next_item(pipeline, captures)) is not None:
             plan, came_at = item
             if not plan.is_probe:
                 self._worked_at = time.monotonic()
@@ -217,10 +215,7 @@ class WorkerProcess:
                 self._events.post(events.StepDropped(plan))
                 continue
             try:
-                if plan.is_probe:  # it measures a step with its graph; a request that comes behind it does not wait
-                    while self._plans.empty() and self._capture_some(is_idle=True):
-                        pass
-                self._capture_before(plan)
+                captures.do_before(plan, lambda: not self._plans.empty())
                 self._ranks.forward(plan)
             except OSError as error:
                 self._events.post(events.StepFailed(plan, error))
@@ -230,7 +225,7 @@ class WorkerProcess:
                 self.stop(EXIT_STEP_FAILED)
                 return
 
-    def _next_item(self, pipeline: StepPipeline) -> tuple[StepPlan, float] | None:
+    def _next_item(self, pipeline: StepPipeline, captures: Captures) -> tuple[StepPlan, float] | None:
         """Wait for the next plan, or None for the end; capture graphs meanwhile.
 
         A plan that comes meanwhile waits for the part of a capture that is under way, and for no other. Where plans
@@ -240,7 +235,7 @@ class WorkerProcess:
             idle_s = time.monotonic() - self._worked_at
             is_idle = idle_s >= _IDLE_S and pipeline.is_idle and self._plans.empty() and not self._transfers.is_busy
             try:
-                if self._capture_some(is_idle):
+                if captures.do_part(is_idle):
                     wait_s = 0.0 if is_idle else _PART_PAUSE_S
                 else:
                     wait_s = max(_MIN_WAIT_S, _IDLE_S - idle_s)
@@ -249,29 +244,6 @@ class WorkerProcess:
             with contextlib.suppress(queue.Empty):
                 return self._plans.get(wait_s > 0, wait_s or None)
         return self._plans.get()
-
-    def _capture_some(self, is_idle: bool) -> bool:
-        """Do one part of a capture, of that under way or of the next; False if none is due."""
-        if self._capture is None:
-            graph = self._runner.next_graph(is_idle)
-            if graph is None:
-                return False
-            self._ranks.capture(graph)
-            self._capture = self._runner.capture(graph)
-        if next(self._capture, _DONE) is _DONE:
-            self._capture = None
-        return True
-
-    def _capture_before(self, plan: StepPlan) -> None:
-        """Capture what a plan must wait for."""
-        if plan.role is not None and not self._runner.is_prepared_for(plan.role):
-            while self._capture is not None:  # the graphs of a role are captured at once, and no two at a time
-                self._capture_some(is_idle=False)
-        if (graph := self._runner.graph_before(plan)) is not None:
-            self._ranks.capture(graph)
-            for _ in self._runner.capture(graph):
-                pass
-            self._runner.note_delay()
 
     # --- any thread ------------------------------------------------------------------------------
 
