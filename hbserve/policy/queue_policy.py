@@ -10,7 +10,7 @@ import bisect
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from collections.abc import Sequence as Items
 from typing import Protocol, TypeVar
 
@@ -52,6 +52,14 @@ class Prompt(Protocol):
     @property
     def expected_cached_tokens(self) -> int:
         """Leading tokens that were cached when the request began to wait."""
+
+    @property
+    def alike(self) -> Prompt | None:
+        """An earlier prompt that begins alike; None: there was none that waited or was computed."""
+
+    @property
+    def num_alike_tokens(self) -> int:
+        """Leading tokens that both have, in whole KV blocks."""
 
     @property
     def arrival(self) -> float:
@@ -159,6 +167,10 @@ class SloAware(QueuePolicy):
     the time in which prompts are computed, overdue ones get `OVERDUE_SHARE`, the earliest deadline first. An account
     says how much of that they are owed; while it is positive, that prompt goes before all others.
 
+    Prompts that begin alike are computed once there (`hbserve.kv_cache.block_pool`). So a prompt takes only the time of
+    its own part if an earlier one has the rest and is not deferred. To defer that one saves only the time of what it
+    does not share.
+
     Args:
         predictor: of steps with prompts, at all workers that take prompts from this queue.
         default_ttft_ms: target of requests that come without one.
@@ -178,6 +190,7 @@ class SloAware(QueuePolicy):
         self._passing_order: PassingOrder[Prompt] = PassingOrder()
         self._places: dict[Prompt, int] = {}  # in that order
         self._deferred: set[Prompt] = set()  # admitted ones included
+        self._counted: set[Prompt] = set()  # whose beginnings others need not compute
         self._owed_s = 0.0  # to overdue prompts
         self._overdue: Prompt | None = None  # the one whose deadline was first
         self._targets_ms: deque[float] = deque(maxlen=_NUM_TARGETS)  # of the last arrivals; infinite: none
@@ -219,7 +232,7 @@ class SloAware(QueuePolicy):
 
     def order(self, waiting: list[_Prompt], now: float, admitted: Admitted) -> Items[_Prompt]:
         if not self._has_targets:
-            self._deferred, self._overdue = set(), None
+            self._deferred, self._counted, self._overdue = set(), set(), None
             return self._pass(waiting, now, admitted) if self._passes else waiting
         allocations, num_workers = admitted()
         # Resumed ones, late ones, others and best-effort ones stand in this order.
@@ -229,6 +242,7 @@ class SloAware(QueuePolicy):
         )
         looked_at = [*waiting[:late], *waiting[others : min(others + _HORIZON, batch)]]
         prompts: list[tuple[Prompt, int]] = [*allocations, *((sequence, 0) for sequence in looked_at)]
+        self._counted = set()
         self._deferred = deferred = self._defer(prompts, now, num_workers) if len(prompts) > 1 else set()
         self._find_overdue([*(sequence for sequence, _ in allocations), *waiting[late : late + _HORIZON]], now)
         if late == others and deferred.isdisjoint(looked_at):
@@ -247,6 +261,7 @@ class SloAware(QueuePolicy):
         prompts: list[tuple[Prompt, int]] = [item for item in allocations if item[0].rank[0] == _NEW]
         prompts += [(sequence, 0) for sequence in waiting[first:end]]
         prompts.sort(key=lambda item: item[0].rank)
+        self._counted = {sequence for sequence, _ in prompts}
         left = [(sequence, sequence.arrival_time, self._prompt_s(sequence, n) / num_workers) for sequence, n in prompts]
         self._places = {sequence: place for place, sequence in enumerate(self._passing_order.order(left, now))}
         return [*waiting[:first], *sorted(waiting[first:end], key=self._places.__getitem__), *waiting[end:]]
@@ -254,6 +269,7 @@ class SloAware(QueuePolicy):
     def _defer(self, prompts: list[tuple[Prompt, int]], now: float, num_workers: int) -> set[Prompt]:
         end = now + _STEPS_WAITED * self._predictor.step_s
         chosen: list[tuple[float, float, Prompt]] = []  # a heap, most to compute first: (-seconds, arrival, prompt)
+        own_s: dict[Prompt, float] = {}  # of those that others begin like: the time of what is theirs alone
         deferred = set()
         for sequence, num_computed in sorted(prompts, key=lambda item: item[0].rank):
             group, deadline, arrival = sequence.rank
@@ -261,11 +277,20 @@ class SloAware(QueuePolicy):
                 break
             seconds = self._left_s(sequence, num_computed)
             end += seconds / num_workers
+            for other, num_tokens in _alike(sequence):
+                if other in self._counted:
+                    rest_s = SAFETY_FACTOR * self._predictor.prompt_s(len(other.tokens) - num_tokens, num_tokens)
+                    own_s[other] = min(own_s.get(other, math.inf), rest_s)
+            self._counted.add(sequence)
             if group == _NEW:
                 heapq.heappush(chosen, (-seconds, -arrival, sequence))
                 if end + seconds * (1 - 1 / num_workers) > deadline:  # one worker computes it, not all of them
-                    seconds, _, longest = heapq.heappop(chosen)
+                    seconds, arrival, longest = heapq.heappop(chosen)
+                    while -seconds > own_s.get(longest, math.inf):
+                        seconds, arrival, longest = heapq.heappushpop(chosen, (-own_s[longest], arrival, longest))
                     deferred.add(longest)
+                    if longest not in own_s:
+                        self._counted.discard(longest)
                     end += seconds / num_workers
         return deferred
 
@@ -293,6 +318,10 @@ class SloAware(QueuePolicy):
 
     def _prompt_s(self, sequence: Prompt, num_computed: int) -> float:
         start = num_computed or sequence.expected_cached_tokens
+        for other, num_tokens in _alike(sequence):
+            if other in self._counted or other.first_token_time is not None:
+                start = max(start, num_tokens)
+                break
         return self._predictor.prompt_s(max(0, len(sequence.tokens) - start), start)
 
     def _left_s(self, sequence: Prompt, num_computed: int) -> float:
@@ -337,6 +366,15 @@ def make_policy(
         soft_target_ms = config.ttft_target_ms if config.targets_are_soft and config.ttft_ms is not None else None
         return SloAware(predictor, config.ttft_ms or controller_ttft_ms, soft_target_ms)
     return QueuePolicy()
+
+
+def _alike(sequence: Prompt) -> Iterator[tuple[Prompt, int]]:
+    """Yield the earlier prompts that a prompt begins like, each with how many tokens they have in common."""
+    num_tokens = sequence.num_alike_tokens
+    while (other := sequence.alike) is not None:
+        num_tokens = min(num_tokens, sequence.num_alike_tokens)
+        yield other, num_tokens
+        sequence = other
 
 
 def _group(sequence: Prompt) -> int:

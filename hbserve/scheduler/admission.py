@@ -211,6 +211,18 @@ def _cached_tokens(sequence: Sequence, instance: InstanceHandle) -> int:
     return instance.pool.count_cached_prefix(sequence.hashes(block_size)) * block_size
 
 
+_NUM_LOOKED_AT = 64
+"""Waiting prompts that a new one is compared with, the last ones in the queue's order."""
+
+
+def _num_equal(hashes: list[bytes], others: list[bytes]) -> int:
+    """Return how many leading blocks two prompts have in common: equal hashes say that all before is equal, too."""
+    if not hashes or not others or hashes[0] != others[0]:
+        return 0
+    ends = range(min(len(hashes), len(others)))
+    return bisect.bisect_left(ends, True, key=lambda index: hashes[index] != others[index])
+
+
 class Admission:
     """Gives requests their allocations, for prefill and decode together: a computed prompt always has a place to go to.
 
@@ -237,6 +249,7 @@ class Admission:
         self._clock = clock
         self._can_send = can_send
         self._tiers = tiers
+        self._shares_prefixes = config.performance.enable_prefix_caching
         self._local_prefill_tokens = config.kv_transfer.local_prefill_tokens
         self._headroom_tokens = config.performance.decode_headroom_tokens
         # Prompt tokens in the next step: of all prompts, and of one.
@@ -248,6 +261,28 @@ class Admission:
         """Count the tokens of a prompt that an instance which prefills has in its prefix cache now, at most."""
         counts = (_cached_tokens(sequence, instance) for instance in self._instances.prefilling)
         return min(max(counts, default=0), len(sequence.tokens) - 1)
+
+    def find_alike(self, sequence: Sequence, waiting: Items[Sequence]) -> tuple[Sequence | None, int]:
+        """Find the earlier prompt, among those not computed yet, that has the longest beginning in common with one.
+
+        Returns:
+            It, and the tokens that both have, in whole blocks; None and 0: none has one.
+        """
+        prefilling = self._instances.prefilling
+        if not self._shares_prefixes or not prefilling or sequence.lacks_prompt_logprobs:
+            return None, 0
+        block_size = prefilling[0].pool.block_size  # that of all instances
+        hashes = sequence.hashes(block_size)
+        others = [
+            other
+            for other in (*(admitted for admitted, _ in self._instances.prompts()), *waiting[-_NUM_LOOKED_AT:])
+            if other.arrival < sequence.arrival and (sequence.is_batch or not other.is_batch)
+        ]
+        lengths = [_num_equal(hashes, other.hashes(block_size)) for other in others]
+        longest = max(lengths, default=0)
+        if not longest:
+            return None, 0
+        return others[lengths.index(longest)], min(longest * block_size, len(sequence.tokens) - 1)
 
     def allocate(self, sequence: Sequence) -> bool:
         """Allocate slots and blocks for prefill and decode, in the order of the placement; False if nothing fits now.

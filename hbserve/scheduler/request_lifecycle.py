@@ -117,6 +117,8 @@ class RequestLifecycle:
         A request that waits or is finished holds none. One whose KV is transferred holds its decode allocation.
         """
         sequence.enter(phase)
+        if phase not in (Phase.WAITING, Phase.PREFILLING):
+            sequence.alike = None
         if phase is Phase.PREFILLING or phase is Phase.DECODING:
             return
         kept = sequence.decode_allocation if phase is Phase.TRANSFERRING else None
@@ -155,6 +157,7 @@ class RequestLifecycle:
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.expected_cached_tokens = self._admission.count_cached_tokens(sequence)
+        sequence.alike, sequence.num_alike_tokens = self._admission.find_alike(sequence, self.waiting)
         self._queue.insert(sequence)
 
     def predicted_ttft_s(self, sequence: Sequence) -> float:

@@ -75,6 +75,19 @@ def test_recall_is_right_in_bf16(options: dict[str, Any]) -> None:
         assert_no_leaks(llm)
 
 
+@pytest.mark.parametrize("backend", ["flashinfer", "flash_attn", "triton", "sdpa"])
+def test_prompts_that_share_blocks_of_one_step_are_answered_right(backend: str) -> None:
+    questions = [question for question in recall(25) for _ in range(4)]
+    num_blocks = 512 if backend == "flash_attn" else 4096
+    with LLM(DEMO, mode="unified", **(SETTINGS | {"attention_backend": backend, "num_blocks": num_blocks})) as llm:
+        outputs = llm.chat([question.messages for question in questions], GREEDY, use_tqdm=False)
+        right = sum(o["text"] == question.answer for o, question in zip(outputs, questions, strict=True))
+        assert right >= 95
+        assert_no_leaks(llm)
+        if backend != "flash_attn":  # its blocks are longer than these prompts
+            assert llm.get_system_stats()["cpu_scheduler"]["cached_prompt_tokens"] > 0
+
+
 def test_seeded_sampling_is_the_same_with_and_without_graphs() -> None:
     questions = recall(40)
     sampling = [

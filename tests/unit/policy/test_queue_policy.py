@@ -112,6 +112,21 @@ def test_what_is_cached_needs_no_time() -> None:
     assert served(slo, requests, 0.0) == [1, 0]  # the first cannot be in time, the second can
 
 
+def test_what_an_earlier_prompt_has_in_common_needs_time_once_and_only_if_that_one_is_computed() -> None:
+    slo = policy("slo_aware", ttft_ms=1500.0)
+
+    def in_time(first: Sequence, second: Sequence, num_alike_tokens: int) -> list[bool]:
+        second.alike, second.num_alike_tokens = first, num_alike_tokens
+        slo.order([first, second], 0.0, lambda: ((), 1))
+        return [not slo.key(sequence, 0, 0.0)[0] for sequence in (first, second)]
+
+    assert in_time(waiting(slo, 0.0, 100), waiting(slo, 0.0, 100), 0) == [True, False]  # 1 s each
+    assert in_time(waiting(slo, 0.0, 100), waiting(slo, 0.0, 100), 90) == [True, True]
+    assert in_time(waiting(slo, 0.0, 160), waiting(slo, 0.0, 160), 90) == [False, False]  # the first cannot be in time
+    # To defer the first saves 0.1 s of its own, so the second is still too late.
+    assert in_time(waiting(slo, 0.0, 130), waiting(slo, 0.0, 180), 120) == [True, False]
+
+
 def test_a_prompt_is_computed_by_one_of_several_workers() -> None:
     """Two workers end the prompts before it twice as soon, but not its own."""
     slo = policy("slo_aware", ttft_ms=5000.0)

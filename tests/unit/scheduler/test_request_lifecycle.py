@@ -221,6 +221,17 @@ def test_two_prompts_compute_what_they_share_in_turns(chunked_parts: SchedulerPa
     assert first.phase is second.phase is Phase.DECODING
 
 
+def test_a_prompt_knows_an_earlier_one_that_begins_alike_until_it_is_computed(parts: SchedulerParts) -> None:
+    first, second, third = prompts(parts, 100, 60, 100)
+    assert [first.alike, second.alike, third.alike] == [None, first, first]
+    assert [second.num_alike_tokens, third.num_alike_tokens] == [48, 96]
+    parts.requests.preempt(first)
+    assert first.alike is None  # the others came later
+    assert parts.requests.admit(first)
+    parts.steps(1)
+    assert second.alike is third.alike is None
+
+
 def test_prompts_with_another_salt_or_with_log_probabilities_share_no_block_that_is_filled(
     parts: SchedulerParts,
 ) -> None:
