@@ -29,10 +29,11 @@ from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import NO_TOKEN, StepResult
 from hbserve.policy.profile_curves import ProfileCurves
 from hbserve.policy.queue_policy import QueuePolicy
-from hbserve.scheduler.admission import Admission, WaitingQueue
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
+from hbserve.scheduler.queue.admission import Admission
+from hbserve.scheduler.queue.waiting_queue import WaitingQueue
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Phase, Sequence
 from hbserve.scheduler.tiers.lookups import TierLookups
 from hbserve.scheduler.tiers.tracker import KVLoad, KVTiers

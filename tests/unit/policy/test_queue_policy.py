@@ -18,8 +18,8 @@ from hbserve.errors import InvalidRequestError, OverloadedError
 from hbserve.messages.client import AddRequest
 from hbserve.policy.queue_policy import OVERDUE_TARGETS, SAFETY_FACTOR, QueuePolicy, make_policy
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
-from hbserve.scheduler.admission import WaitingQueue
 from hbserve.scheduler.instance import Instances
+from hbserve.scheduler.queue.waiting_queue import WaitingQueue
 from hbserve.scheduler.sequence import Sequence
 from tests.support.engines import assert_no_leaks
 from tests.support.paths import ROOT

@@ -8,7 +8,8 @@ import pytest
 
 from tests.support.paths import ROOT
 
-SOURCES = {path.name: path.read_text() for path in (ROOT / "hbserve" / "scheduler").glob("*.py")}
+FILES = (path for path in (ROOT / "hbserve" / "scheduler").rglob("*.py") if path.parent.name != "learning")
+SOURCES = {path.name: path.read_text() for path in FILES if path.name != "__init__.py"}
 OWNERS = {
     "steps in flight": (r"(?:self|worker|other)\.inflight\.(?:append|popleft|pop|clear|extend)\(", {"worker.py"}),
     "pins": (r"pool\.(?:pin|unpin)\(", {"sequence.py"}),
@@ -17,7 +18,7 @@ OWNERS = {
     "a request's memory": (r"\.(?:free|free_slot|free_allocation)\(", {"request_lifecycle.py"}),
     "the choice of workers": (r"\._current\b", {"worker_choice.py"}),
     "connections": (r"(?:by_connection\[.*\] = |\.last_seen = )", {"worker_registry.py"}),
-    "the queue": (r"waiting\.(?:append|insert|remove|pop)\(", {"admission.py"}),
+    "the queue": (r"waiting\.(?:append|insert|remove|pop)\(", {"waiting_queue.py"}),
 }
 FIRST_VALUE = r"        self\.last_seen = clock\.now"
 """In the constructor of `WorkerHandle`."""

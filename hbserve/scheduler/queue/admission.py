@@ -1,226 +1,23 @@
-"""The waiting requests, and their admission: which instances each goes to, with a slot and blocks on each.
-
-`WaitingQueue` says which request is next, `Admission` where it goes, all or nothing.
-"""
+"""Admission: which instances a waiting request goes to, with a slot and blocks on each, all or nothing."""
 
 from __future__ import annotations
 
 import bisect
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 from hbserve.config import Config, InstanceRole
-from hbserve.policy.profile_curves import ProfileCurves
-from hbserve.policy.queue_policy import QueuePolicy, make_policy
-from hbserve.policy.step_time_predictor import StepTimePredictor, num_pairs
+from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle, Instances
-from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
+from hbserve.scheduler.queue.placement import PLACEMENTS, cached_tokens
+from hbserve.scheduler.sequence import KVAllocation, Sequence
 from hbserve.scheduler.tiers.tracker import KVTiers
-
-_MAX_ENDS = 64
-
-
-# --- the queue ----------------------------------------------------------------------------------
-
-
-class WaitingQueue:
-    """The waiting sequences, in the order of ``scheduler.policy``.
-
-    Args:
-        curves: of the model's profile, if there is one.
-
-    Attributes:
-        waiting: the sequences; a user's policy may reorder the list, and nothing else changes it.
-    """
-
-    def __init__(self, config: Config, curves: ProfileCurves | None = None) -> None:
-        self.waiting: list[Sequence] = []
-        self._tokens_per_step = config.prefill_budget
-        self._predictor = StepTimePredictor(curves)
-        self._ends: deque[float] = deque(maxlen=_MAX_ENDS)  # when the queue began, then when requests ended
-        slo = config.semi_pd.slo
-        self.policy = make_policy(config.scheduler, self._predictor, None if slo is None else slo.ttft_target_ms)
-
-    def insert(self, sequence: Sequence) -> None:
-        """Insert a sequence that begins to wait."""
-        self.policy.on_waiting(sequence)
-        sequence.rank = self.policy.rank(sequence)
-        if self.waiting and sequence.rank < self.waiting[-1].rank:
-            bisect.insort(self.waiting, sequence, key=lambda other: other.rank)
-        else:
-            self.waiting.append(sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence that waits no more."""
-        self.waiting.remove(sequence)
-
-    def in_order(self, instances: Instances, now: float) -> Items[Sequence]:
-        """Return the waiting sequences in the order of admission."""
-
-        def admitted() -> tuple[list[tuple[Sequence, int]], int]:
-            return _admitted(instances), max(1, len(instances.prefilling))
-
-        return self.policy.order(self.waiting, now, admitted)
-
-    # --- predictions -----------------------------------------------------------------------------
-
-    def prompt_s(self, tokens: float, start: float) -> float:
-        """Predict the time to compute tokens of a prompt after ``start`` others; 0: no step with prompts was seen."""
-        return self._predictor.prompt_s(tokens, start)
-
-    def on_step_done(self, step: InflightStep, busy_s: float) -> None:
-        """Learn from a step with prompts how long they take."""
-        if step.prefill_rows and step.work is not None:
-            self._predictor.observe(step.work, busy_s)
-
-    def on_request_ended(self, now: float) -> None:
-        """A request has ended and freed its allocations."""
-        self._ends.append(now)
-
-    def on_first_waiting(self, now: float) -> None:
-        """The queue is no longer empty: start to measure how fast allocations become free."""
-        self._ends.clear()
-        self._ends.append(now)
-
-    def predicted_ttft_s(
-        self,
-        sequence: Sequence,
-        instances: Instances,
-        slots_are_full: bool,
-        now: float,
-    ) -> float:
-        """Predict how long a new request would wait for its first token.
-
-        The longer of two waits: the predicted time until the steps under way have ended, and the prompts before it and
-        its own are computed; and, where requests wait for allocations, the time until as many requests have ended as
-        are before it.
-
-        Returns 0 without data or for an empty queue: a single request is never overload, and step times may be known
-        for other lengths only.
-        """
-        rank = self.policy.rank(sequence)
-        before = self.waiting[: bisect.bisect_left(self.waiting, rank, key=lambda other: other.rank)]
-        num_workers = len(instances.prefilling)
-        prompts = [item for item in _admitted(instances) if not item[0].is_batch or sequence.is_batch]
-        starts = [(len(other.tokens), start) for other, start in prompts] + [(len(other.tokens), 0) for other in before]
-        num_tokens = sum(end - start for end, start in starts)
-        step_s = _until_steps_end_s(instances, now)
-        if not num_workers or (not num_tokens and step_s is None):
-            return 0.0
-        # The instances share the prompts before it; its own is computed by one.
-        pairs, own = sum(num_pairs(end - start, start) for end, start in starts), len(sequence.tokens)
-        prefill_s = (step_s or 0.0) + self._predictor.queue_s(
-            num_tokens / num_workers + own, pairs / num_workers + num_pairs(own, 0), self._tokens_per_step
-        )
-        if not slots_are_full or not before or len(self._ends) < 2:
-            return prefill_s
-        return max(prefill_s, (len(before) + 1) * (now - self._ends[0]) / (len(self._ends) - 1))
-
-
-def _until_steps_end_s(instances: Instances, now: float) -> float | None:
-    """Return the seconds until the first prefill instance has ended its steps with prompts.
-
-    Prompts in these steps may be planned to their ends, and then no queue has them. None: an instance has no such step,
-    or no instance is ready.
-    """
-    times_s = []
-    for instance in instances.prefilling:
-        busy = [w for w in instance.workers.values() if any(step.prefill_rows for step in w.inflight)]
-        if not busy:
-            return None
-        times_s.append(max((worker.timing.expected_end() or now) - now for worker in busy))
-    return max(0.0, min(times_s)) if times_s else None
-
-
-def _admitted(instances: Instances) -> list[tuple[Sequence, int]]:
-    """Return the prompts with an allocation, each with the tokens that are planned."""
-    return [(sequence, allocation.num_planned) for sequence, allocation in instances.prompts()]
-
-
-# --- admission ----------------------------------------------------------------------------------
-
-Placement = Callable[[Sequence, Items[InstanceHandle], bool], list[InstanceHandle]]
-"""Orders instances, given in the order of the configuration, for a request; the flag: to prefill it there."""
-
-
-def fcfs(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
-    """Take the first in the configuration that has room: later ones stay idle until they are needed."""
-    return list(instances)
-
-
-def least_loaded(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
-    """Prefill where the fewest prompt tokens are still to be computed, decode where the fewest sequences are.
-
-    Between instances without prompts, those with fewer sequences go first: where one worker does both phases, these
-    decode, and all requests of a light load would else go to the first instance.
-    """
-    return sorted(instances, key=lambda instance: (_load(instance, prefills), instance.num_sequences))
-
-
-def prefix_aware(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
-    """Prefer instances that have the prompt in their prefix cache, unless too much else waits there.
-
-    Prefill: where the fewest tokens are to be computed until the prompt is done, counting requests before it and its
-    own uncached tokens. Decode: where most of its blocks are, among the instances that have at most a quarter more
-    sequences than the least loaded one.
-    """
-    if prefills:
-
-        def cost(instance: InstanceHandle) -> tuple[int, int]:
-            return _load(instance, True) - _cached_tokens(sequence, instance), instance.num_sequences
-
-        return sorted(instances, key=cost)
-    if not instances:
-        return []
-    bound = 1.25 * min(_load(instance, False) for instance in instances) + 1
-
-    def rank(instance: InstanceHandle) -> tuple[bool, int, int]:
-        load = _load(instance, False)
-        return load > bound, -_cached_tokens(sequence, instance), load
-
-    return sorted(instances, key=rank)
-
-
-PLACEMENTS: dict[str, Placement] = {"fcfs": fcfs, "least_loaded": least_loaded, "prefix_aware": prefix_aware}
-"""Placements by their name in the configuration."""
-
-
-_KEPT_FREE = 8
-"""One of so many slots and blocks stays free of best-effort requests: what others need at once."""
-
-
-def _leaves_room(sequence: Sequence, instance: InstanceHandle) -> bool:
-    """Whether a best-effort request leaves room for others on an instance, or has it for itself."""
-    if not instance.num_sequences:
-        return True
-    blocks, slots = instance.pool.total_blocks // _KEPT_FREE, instance.num_slots // _KEPT_FREE
-    num_needed = -(-(len(sequence.tokens) + 1) // instance.pool.block_size)
-    return instance.pool.num_free_blocks - num_needed >= blocks and instance.num_free_slots > slots
-
-
-def _load(instance: InstanceHandle, prefills: bool) -> int:
-    if not prefills:
-        return instance.num_sequences
-    return instance.num_tokens_to_prefill if instance.prompts else 0
-
-
-def _cached_tokens(sequence: Sequence, instance: InstanceHandle) -> int:
-    block_size = instance.pool.block_size
-    return instance.pool.count_cached_prefix(sequence.hashes(block_size)) * block_size
-
 
 _NUM_LOOKED_AT = 64
 """Waiting prompts that a new one is compared with, the last ones in the queue's order."""
-
-
-def _num_equal(hashes: list[bytes], others: list[bytes]) -> int:
-    """Return how many leading blocks two prompts have in common: equal hashes say that all before is equal, too."""
-    if not hashes or not others or hashes[0] != others[0]:
-        return 0
-    ends = range(min(len(hashes), len(others)))
-    return bisect.bisect_left(ends, True, key=lambda index: hashes[index] != others[index])
+_KEPT_FREE = 8
+"""One of so many slots and blocks stays free of best-effort requests: what others need at once."""
 
 
 class Admission:
@@ -259,7 +56,7 @@ class Admission:
 
     def count_cached_tokens(self, sequence: Sequence) -> int:
         """Count the tokens of a prompt that an instance which prefills has in its prefix cache now, at most."""
-        counts = (_cached_tokens(sequence, instance) for instance in self._instances.prefilling)
+        counts = (cached_tokens(sequence, instance) for instance in self._instances.prefilling)
         return min(max(counts, default=0), len(sequence.tokens) - 1)
 
     def find_alike(self, sequence: Sequence, waiting: Items[Sequence]) -> tuple[Sequence | None, int]:
@@ -429,3 +226,20 @@ class Admission:
                 end_block = -(-decode_allocation.num_tokens_at_entry // decode_allocation.pool.block_size)
                 decode_allocation.note_foreign(sequence.num_blocks_dispatched, end_block)
         return True
+
+
+def _leaves_room(sequence: Sequence, instance: InstanceHandle) -> bool:
+    """Whether a best-effort request leaves room for others on an instance, or has it for itself."""
+    if not instance.num_sequences:
+        return True
+    blocks, slots = instance.pool.total_blocks // _KEPT_FREE, instance.num_slots // _KEPT_FREE
+    num_needed = -(-(len(sequence.tokens) + 1) // instance.pool.block_size)
+    return instance.pool.num_free_blocks - num_needed >= blocks and instance.num_free_slots > slots
+
+
+def _num_equal(hashes: list[bytes], others: list[bytes]) -> int:
+    """Return how many leading blocks two prompts have in common: equal hashes say that all before is equal, too."""
+    if not hashes or not others or hashes[0] != others[0]:
+        return 0
+    ends = range(min(len(hashes), len(others)))
+    return bisect.bisect_left(ends, True, key=lambda index: hashes[index] != others[index])

@@ -1,0 +1,1 @@
+"""Waiting requests: which is next, and which instances it goes to."""
