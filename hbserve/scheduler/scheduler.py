@@ -165,7 +165,10 @@ class CpuScheduler:
         self._has_settled = False
         while not self._has_settled:
             self._has_settled = True
+            num_preemptions = self.counts["preemptions"]
             await self._schedule_waiting_requests()
+            if self.counts["preemptions"] > num_preemptions:
+                self._has_settled = False  # what gave its place to another may fit elsewhere
             for instance in self.instances.to_plan(now):  # the others have nothing new to plan, however many there are
                 self._fill_pipelines(instance)
         if self._learner is not None:

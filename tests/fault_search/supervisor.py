@@ -71,7 +71,7 @@ class Joiner:
         self.instance_id, self.address = f"j{number}", f"tcp://127.0.0.1:{9000 + number}"
         self.identity = self.instance_id.encode()
         self.worker: Worker | None = None
-        self._has_left = False
+        self.has_left = False
         self._keep_asking()
 
     @property
@@ -79,7 +79,7 @@ class Joiner:
         return [] if self.worker is None or not self.worker.is_alive else [self.worker]
 
     def _keep_asking(self) -> None:
-        if self._has_left:
+        if self.has_left:
             return
         if not self.workers or self.world.now - self.workers[0].last_ping > HEARTBEAT_TIMEOUT_S:
             message = Join(
@@ -89,7 +89,7 @@ class Joiner:
         self.world.after(1.0, self._keep_asking)
 
     def on_reply(self, session: int, reply: SchedulerReply) -> None:
-        if isinstance(reply, Joined) and reply.error is None and not self.workers and not self._has_left:
+        if isinstance(reply, Joined) and reply.error is None and not self.workers and not self.has_left:
             arena = Arena(self.instance_id, self.world.scenario.num_blocks, 0, self.world.check_write)
             num_slots = self.world.scenario.num_slots
             name = f"{self.instance_id}/{self.world.new_number()}"
@@ -103,7 +103,7 @@ class Joiner:
 
     def _on_exit(self, worker: Worker, is_dismissed: bool) -> None:
         self.world.trace(f"{self.instance_id} has ended")
-        self._has_left |= is_dismissed
+        self.has_left |= is_dismissed
 
 
 class Split(NamedTuple):

@@ -127,6 +127,7 @@ class World:
         if scenario.num_slots:
             self.host = HostMemory("the launcher's", scenario.num_slots, by_name=scenario.has_store)
         self.launchers: list[Launcher | Joiner] = []
+        self._to_be_removed: set[str] = set()
         self.scheduler = SchedulerProcess(self, 1)
         self.clients = {identity: Client(self, identity) for identity in (b"a", b"b")}
         self.supervisor: Supervisor | None = None
@@ -303,10 +304,13 @@ class World:
                 roles = [self.launchers[0].role] if self.scenario.mode == "unified" else [*_ROLES]
                 self.launchers.append(Joiner(self, len(self._joiners), roles[number % len(roles)]))
             case "leave" if self._joiners:
-                for worker in self._joiners[number % len(self._joiners)].workers:
-                    worker.wants_to_leave = True
+                joiner = self._joiners[number % len(self._joiners)]
+                if self._others_stay(joiner):
+                    for worker in joiner.workers:
+                        worker.wants_to_leave = True
             case "remove":
                 name = self.launchers[number % len(self.launchers)].instance_id
+                self._to_be_removed.add(name)
                 removal = RemoveInstance(query_id=number, instance_id=name, deadline_s=max(1.0, fault.lasts_s))
                 self.from_client(b"operator", self.scheduler.number, removal)
 
@@ -325,6 +329,16 @@ class World:
     @property
     def _joiners(self) -> list[Joiner]:
         return [launcher for launcher in self.launchers if isinstance(launcher, Joiner)]
+
+    def _others_stay(self, joiner: Joiner) -> bool:
+        """Whether another instance does its phase: the scheduler lets the last one go, and no request ends then."""
+        return any(
+            launcher.role is joiner.role
+            and not (launcher.has_left or launcher.instance_id in self._to_be_removed)
+            and not any(worker.wants_to_leave for worker in launcher.workers)
+            for launcher in self.launchers
+            if launcher is not joiner
+        )
 
     def _stop(self, process: Process, lasts_s: float) -> None:
         self.trace(f"stop {process.name}")
