@@ -6,19 +6,17 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import msgspec
 
 from hbserve.config import MAX_DRAFT_TOKENS, Config, InstanceRole
-from hbserve.messages.transfer import LayerGroup, SendBlocks
-from hbserve.messages.worker import NO_STOP, PlanRow, SequenceState, StepPlan, StepRef
+from hbserve.messages.transfer import LayerGroup
+from hbserve.messages.worker import PlanRow, SequenceState, StepPlan, StepRef
 from hbserve.policy.mixed_step_budget import MIN_ROWS, MIN_TOKENS_ALONE, StepTimeBudget
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Sequence
+from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
+from hbserve.scheduler.step_builder import Leaving, StepBuilder
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle, phases_of
 from hbserve.scheduler.worker_choice import StepLimit
@@ -84,7 +82,7 @@ class StepPlanner:
 
     def plan_step(self, instance: InstanceHandle, worker: WorkerHandle, phases: set[InstanceRole]) -> bool:
         """Send a worker of the instance its next step, decodes first; False if there is nothing to do."""
-        step = _StepBuilder(worker, instance.choice.is_shared(phases))
+        step = StepBuilder(worker, instance.choice.is_shared(phases))
         # Oldest first: a shortage of blocks preempts the youngest, which is not in the plan yet.
         now = self._clock.now
         items = [item for item in instance.allocations.items() if item[0].planned_from <= now]
@@ -118,7 +116,7 @@ class StepPlanner:
 
     def _plan_decodes(
         self,
-        step: _StepBuilder,
+        step: StepBuilder,
         instance: InstanceHandle,
         allocations: _Allocations,
         max_rows: int | None = None,
@@ -148,7 +146,7 @@ class StepPlanner:
 
     def _choose_drafts(
         self,
-        step: _StepBuilder,
+        step: StepBuilder,
         instance: InstanceHandle,
         decoding: _Allocations,
         max_rounds_s: float,
@@ -252,7 +250,7 @@ class StepPlanner:
         room = 1 + self._room_for_draft(instance, allocation, needed - 1)
         return rounds if room == needed else max(1, room // length)
 
-    def _decoding(self, step: _StepBuilder, instance: InstanceHandle, allocations: _Allocations) -> _Allocations:
+    def _decoding(self, step: StepBuilder, instance: InstanceHandle, allocations: _Allocations) -> _Allocations:
         worker, can_take = step.worker, instance.choice.can_take
         return [
             (sequence, allocation)
@@ -264,7 +262,7 @@ class StepPlanner:
 
     def _plan_prompts(
         self,
-        step: _StepBuilder,
+        step: StepBuilder,
         instance: InstanceHandle,
         allocations: _Allocations,
         max_tokens: int,
@@ -295,7 +293,7 @@ class StepPlanner:
 
     def _plan_batch(
         self,
-        step: _StepBuilder,
+        step: StepBuilder,
         instance: InstanceHandle,
         batch: _Allocations,
         phases: set[InstanceRole],
@@ -324,7 +322,7 @@ class StepPlanner:
         Its first step with rows, which all of them wait for, is then as small as any other. What changes until then is
         in the rows of that step, as for a worker that got no plan for a while.
         """
-        step = _StepBuilder(worker)
+        step = StepBuilder(worker)
         for sequence, allocation in instance.allocations.items() if worker.role.decodes else ():
             if allocation.num_planned >= allocation.num_tokens_at_entry and not sequence.keeps_state:
                 step.tell(sequence, allocation)
@@ -334,7 +332,7 @@ class StepPlanner:
     def plan_preparation(self, instance: InstanceHandle, role: InstanceRole) -> None:
         """Have an instance's one worker prepare for another role, by a step without rows."""
         for worker in instance.workers.values():
-            self._send(instance, worker, _StepBuilder(worker), role)
+            self._send(instance, worker, StepBuilder(worker), role)
 
     def plan_probe(
         self,
@@ -349,7 +347,7 @@ class StepPlanner:
         Args:
             work: of the rows, each of which samples.
         """
-        step = _StepBuilder(worker)
+        step = StepBuilder(worker)
         step.rows, step.new_sequences, step.num_samples = rows, states, len(rows)
         self._send(instance, worker, step, worker.role, probe=work)
 
@@ -357,7 +355,7 @@ class StepPlanner:
         self,
         instance: InstanceHandle,
         worker: WorkerHandle,
-        step: _StepBuilder,
+        step: StepBuilder,
         role: InstanceRole,
         probe: StepWork | None = None,
     ) -> None:
@@ -423,7 +421,7 @@ class StepPlanner:
 
     def _plan_decode(
         self,
-        step: _StepBuilder,
+        step: StepBuilder,
         instance: InstanceHandle,
         sequence: Sequence,
         allocation: KVAllocation,
@@ -450,7 +448,7 @@ class StepPlanner:
             step.add(sequence, allocation, last, 1, samples=True, draft=_NO_DRAFT if step.rounds > 1 else None)
         step.decode_keys += position
 
-    def _read(self, step: _StepBuilder, sequence: Sequence, allocation: KVAllocation, draft: Draft) -> Draft:
+    def _read(self, step: StepBuilder, sequence: Sequence, allocation: KVAllocation, draft: Draft) -> Draft:
         """Have the draft model read what it has not, as far as the step has time for it; returns no draft if tokens
         are left."""
         end = allocation.num_planned
@@ -477,7 +475,7 @@ class StepPlanner:
         )
 
     def _plan_prefill(
-        self, step: _StepBuilder, sequence: Sequence, allocation: KVAllocation, start: int, chunk: int
+        self, step: StepBuilder, sequence: Sequence, allocation: KVAllocation, start: int, chunk: int
     ) -> None:
         end, size = start + chunk, allocation.pool.block_size
         last = end == allocation.num_tokens_at_entry
@@ -501,10 +499,10 @@ class StepPlanner:
         # All blocks that are final after this step leave with it; the last one may be part full.
         end_block = -(-end // size) if last else end // size
         if end_block > sequence.num_blocks_dispatched:
-            step.leaving.append(_Leaving(sequence, allocation, target, sequence.num_blocks_dispatched, end_block, last))
+            step.leaving.append(Leaving(sequence, allocation, target, sequence.num_blocks_dispatched, end_block, last))
             sequence.num_blocks_dispatched = end_block
 
-    def _open_transfers(self, instance: InstanceHandle, step: _StepBuilder) -> None:
+    def _open_transfers(self, instance: InstanceHandle, step: StepBuilder) -> None:
         num_last = sum(leaving.is_last for leaving in step.leaving)
         for leaving in step.leaving:
             # The client of one last chunk waits for every millisecond; the clients of many wait for all chunks.
@@ -515,7 +513,7 @@ class StepPlanner:
                 ends = leaving.allocation, leaving.target
                 step.sends.append(self._transfers.open(leaving.sequence, *ends, *blocks, layers))
 
-    def _num_layer_groups(self, instance: InstanceHandle, leaving: _Leaving, max_groups: int) -> int:
+    def _num_layer_groups(self, instance: InstanceHandle, leaving: Leaving, max_groups: int) -> int:
         """Return in how many equal groups of layers blocks leave; each is a transfer with a cost of its own."""
         hello = instance.hello
         assert hello is not None
@@ -573,118 +571,3 @@ def _pays_to_read(sequence: Sequence, allocation: KVAllocation) -> bool:
     unread = allocation.num_planned - allocation.num_read
     left = sequence.max_total_tokens - allocation.num_planned
     return unread <= _SHORT_READ or left >= max(_SHORT_READ, unread / _MAX_READ_PER_TOKEN)
-
-
-@dataclass(frozen=True, slots=True)
-class _Leaving:
-    """Blocks of a prompt that are final after a step, and their target; ``is_last``: the prompt is then computed."""
-
-    sequence: Sequence
-    allocation: KVAllocation
-    target: KVAllocation
-    first_block: int
-    end_block: int
-    is_last: bool
-
-
-class _StepBuilder:
-    """A step that is being planned: what is sent, and what is kept until it is confirmed.
-
-    Args:
-        is_shared: another worker computes on the same device meanwhile.
-    """
-
-    def __init__(self, worker: WorkerHandle, is_shared: bool = False) -> None:
-        self.worker = worker
-        self._is_shared = is_shared
-        self._worker_id = worker.id
-        self.rows: list[PlanRow] = []
-        self.new_sequences: list[SequenceState] = []
-        self.leaving: list[_Leaving] = []
-        self.sends: list[SendBlocks] = []
-        self.inflight: list[InflightRow] = []
-        self.num_tokens = self.num_samples = self.num_drafts = self.num_to_draft = 0
-        self.unread_tokens = 0
-        self.rounds = 1
-        self._unread: list[int] | None = None
-        self.num_scores: list[int] = []
-        self.prefill_rows = 0
-        self.prefill_tokens = 0
-        self.prefill_pairs = 0.0
-        self.decode_keys = 0
-
-    @property
-    def work(self) -> StepWork:
-        """The work of its rows."""
-        decode_rows = len(self.rows) - self.prefill_rows + self.num_drafts
-        return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs, self._is_shared)
-
-    def read(self, allocation: KVAllocation, token_ids: list[int]) -> None:
-        """Have the draft model read these tokens of the sequence whose row is added next."""
-        if token_ids:
-            self._unread = token_ids
-            self.unread_tokens += len(token_ids)
-            allocation.num_read += len(token_ids)
-
-    def add(
-        self,
-        sequence: Sequence,
-        allocation: KVAllocation,
-        token_ids: list[int] | None,
-        num_tokens: int,
-        samples: bool,
-        next_token_ids: list[int] | None = None,
-        draft: Draft | None = None,
-    ) -> None:
-        sampled_elsewhere = token_ids is None and allocation.last_worker_id != self._worker_id
-        allocation.begin_row(self._worker_id, sequence.keeps_state)
-        new_block_ids = self.tell(sequence, allocation)
-        start = allocation.num_planned
-        self.rows.append(
-            PlanRow(
-                slot=allocation.slot,
-                start=start,
-                num_tokens=num_tokens,
-                token_ids=token_ids,
-                new_block_ids=new_block_ids,
-                sample=samples,
-                sampled_elsewhere=sampled_elsewhere,
-                next_token_ids=next_token_ids,
-                unread=self._unread,
-                unread_start=0 if self._unread is None else allocation.num_read - len(self._unread),
-                ahead=draft.ahead if draft is not None and self.rounds > 1 else [],
-                stop=sequence.max_total_tokens - 1 if self.rounds > 1 else NO_STOP,
-            )
-        )
-        self._unread = None
-        allocation.num_planned = end = start + num_tokens
-        self.inflight.append(
-            InflightRow(
-                sequence, sequence.attempt, allocation, start, end, samples, next_token_ids is not None, False, draft
-            )
-        )
-        self.num_tokens += num_tokens
-        self.num_samples += samples
-        if draft is not None:
-            self._add_draft(allocation, len(draft.token_ids), start)
-
-    def _add_draft(self, allocation: KVAllocation, num_drafts: int, start: int) -> None:
-        """Make the last row one with a draft; each of its tokens computes as much as a row of its own."""
-        self.rows[-1] = msgspec.structs.replace(self.rows[-1], num_drafts=num_drafts)
-        allocation.is_drafting = True
-        self.num_samples += num_drafts
-        self.num_drafts += num_drafts
-        self.num_to_draft += self.inflight[-1].num_to_draft
-        self.decode_keys += num_drafts * start + num_drafts * (num_drafts + 1) // 2
-
-    def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:
-        """Tell the worker of a sequence that it does not know; returns the new blocks that the row must name."""
-        block_ids = allocation.block_ids
-        num_sent = allocation.blocks_sent.get(self._worker_id)
-        if num_sent == len(block_ids):
-            return []
-        allocation.blocks_sent[self._worker_id] = len(block_ids)
-        if num_sent is None:
-            self.new_sequences.append(sequence.state_for(allocation))
-            return []
-        return block_ids[num_sent:]

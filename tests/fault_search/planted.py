@@ -18,7 +18,7 @@ from hbserve.messages.client import RequestOutput
 from hbserve.messages.tiers import TierResult
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepLost, StepResult
-from hbserve.scheduler import request_lifecycle, step_planner, transfer_tracker
+from hbserve.scheduler import request_lifecycle, step_builder, step_planner, transfer_tracker
 from hbserve.scheduler import sequence as sequence_module
 from hbserve.scheduler.core_io import OutboxWriter
 from hbserve.scheduler.drains import Drains
@@ -373,8 +373,8 @@ def a_row_follows_a_draft_whose_result_is_not_known(patch: Patch) -> None:
         original(self, sequence, allocation, *others, **more)
         allocation.is_drafting = False
 
-    original = step_planner._StepBuilder.add
-    patch.setattr(step_planner._StepBuilder, "add", add)
+    original = step_builder.StepBuilder.add
+    patch.setattr(step_builder.StepBuilder, "add", add)
 
 
 @_plant

@@ -28,7 +28,7 @@ FIRST_VALUE = r"        self\.last_seen = clock\.now"
 def test_only_the_owner_changes_a_state(state: str) -> None:
     pattern, owners = OWNERS[state]
     sources = {name: re.sub(FIRST_VALUE, "", text) for name, text in SOURCES.items()}
-    sources["step_planner.py"] = sources["step_planner.py"].split("class _StepBuilder")[0]  # has rows of its own
+    del sources["step_builder.py"]  # it has rows of its own
     assert {name for name, text in sources.items() if re.search(pattern, text)} == owners
 
 
