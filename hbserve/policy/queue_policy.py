@@ -55,7 +55,7 @@ class Prompt(Protocol):
 
     @property
     def alike(self) -> Prompt | None:
-        """An earlier prompt that begins alike; None: there was none that waited or was computed."""
+        """An earlier prompt that begins alike; None: there was none that was being computed."""
 
     @property
     def num_alike_tokens(self) -> int:

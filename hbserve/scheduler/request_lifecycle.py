@@ -158,7 +158,7 @@ class RequestLifecycle:
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.expected_cached_tokens = self._admission.count_cached_tokens(sequence)
-        sequence.alike, sequence.num_alike_tokens = self._admission.find_alike(sequence, self.waiting)
+        sequence.alike, sequence.num_alike_tokens = self._admission.find_alike(sequence)
         self._queue.insert(sequence)
 
     def predicted_ttft_s(self, sequence: Sequence) -> float:

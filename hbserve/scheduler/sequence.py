@@ -288,7 +288,7 @@ class Sequence:
         num_scored: prompt tokens whose log-probabilities the client has, not counting the first token, which has none.
         num_late_masks: steps since its last token in which the mask of its grammar was not there.
         expected_cached_tokens: of its tokens, so many were in a prefix cache when it began to wait.
-        alike: an earlier prompt that begins alike and has not been computed; ``num_alike_tokens``: what both have.
+        alike: an earlier prompt that begins alike and is being computed; ``num_alike_tokens``: what both have.
         planned_from: when it may be in a plan again after a step without the mask of its grammar, on the same clock.
         rank: its place in the queue, see `QueuePolicy.rank`.
         metrics: its times; `SchedulerMetrics.on_arrived` sets it.

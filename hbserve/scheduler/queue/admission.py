@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 
 from hbserve.config import Config, InstanceRole
 from hbserve.policy.queue_policy import QueuePolicy
@@ -14,8 +13,6 @@ from hbserve.scheduler.queue.placement import PLACEMENTS, cached_tokens
 from hbserve.scheduler.sequence import KVAllocation, Sequence
 from hbserve.scheduler.tiers.tracker import KVTiers
 
-_NUM_LOOKED_AT = 64
-"""Waiting prompts that a new one is compared with, the last ones in the queue's order."""
 _KEPT_FREE = 8
 """One of so many slots and blocks stays free of best-effort requests: what others need at once."""
 
@@ -59,8 +56,8 @@ class Admission:
         counts = (cached_tokens(sequence, instance) for instance in self._instances.prefilling)
         return min(max(counts, default=0), len(sequence.tokens) - 1)
 
-    def find_alike(self, sequence: Sequence, waiting: Items[Sequence]) -> tuple[Sequence | None, int]:
-        """Find the earlier prompt, among those not computed yet, that has the longest beginning in common with one.
+    def find_alike(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        """Find the earlier prompt, among those being computed, that has the longest beginning in common with one.
 
         Returns:
             It, and the tokens that both have, in whole blocks; None and 0: none has one.
@@ -72,7 +69,7 @@ class Admission:
         hashes = sequence.hashes(block_size)
         others = [
             other
-            for other in (*(admitted for admitted, _ in self._instances.prompts()), *waiting[-_NUM_LOOKED_AT:])
+            for other, _ in self._instances.prompts()
             if other.arrival < sequence.arrival and (sequence.is_batch or not other.is_batch)
         ]
         lengths = [_num_equal(hashes, other.hashes(block_size)) for other in others]

@@ -179,7 +179,7 @@ def prompts(parts: SchedulerParts, *lengths: int, **sampling: Any) -> list[Seque
     params = SamplingParams(max_tokens=5, **sampling)
     requests = [
         AddRequest(request_id=f"r{number}", prompt_token_ids=[1] * length, end_token_ids=[], sampling=params)
-        for number, length in enumerate(lengths)
+        for number, length in enumerate(lengths, len(parts.requests))
     ]
     sequences = [parts.add_request(request) for request in requests]
     assert all(parts.requests.admit(sequence) for sequence in sequences)
@@ -222,7 +222,7 @@ def test_two_prompts_compute_what_they_share_in_turns(chunked_parts: SchedulerPa
 
 
 def test_a_prompt_knows_an_earlier_one_that_begins_alike_until_it_is_computed(parts: SchedulerParts) -> None:
-    first, second, third = prompts(parts, 100, 60, 100)
+    [first], [second], [third] = (prompts(parts, length) for length in (100, 60, 100))
     assert [first.alike, second.alike, third.alike] == [None, first, first]
     assert [second.num_alike_tokens, third.num_alike_tokens] == [48, 96]
     parts.requests.preempt(first)
