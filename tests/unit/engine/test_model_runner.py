@@ -417,8 +417,9 @@ def test_greedy_tokens_equal_transformers_on_cuda(name: str, tmp_path: Path) -> 
     model = save_model(tmp_path, name).cuda()
     runner = make_runner(tmp_path, device="cuda", attention_backend="sdpa")
     # with longrope transformers has other angles for contexts below this, HBServe one set for all contexts of a model
-    has_two_sets = (model.config.rope_parameters or {}).get("rope_type") == "longrope"
-    shortest = model.config.original_max_position_embeddings if has_two_sets else 0
+    config = model.config.get_text_config()
+    has_two_sets = (config.rope_parameters or {}).get("rope_type") == "longrope"
+    shortest = config.original_max_position_embeddings if has_two_sets else 0
     prompts = [make_prompt(length) for length in (18, 1, 15, 16, 17, 100, 600) if length > shortest]
     driver = Driver(runner, chunk=16)
     outputs = driver.run(*(driver.add(prompt, 24, slot) for slot, prompt in enumerate(prompts)))
