@@ -24,11 +24,9 @@ _BUFFER_BYTES = 16 << 20
 
 The copies of one direction share the GPU's copy engine, whatever their streams. So a step's inputs and tokens may wait
 for pieces that were asked for before them. A lane therefore has one piece at a time in the engine's queue; at 50 GB/s a
-piece takes a third of a millisecond.
+piece takes a third of a millisecond. On a GPU, memory of the host has two buffers: blocks are gathered in the one, or
+scattered from it, while the other one is copied. A third one gains nothing (H200).
 """
-_NUM_BUFFERS = 3
-"""Buffers of a lane between a GPU and memory of the host. One is copied, one waits for that, and blocks are gathered in
-the third one or scattered from it."""
 
 
 class CopyJob:
@@ -201,7 +199,7 @@ class Lane:
         )
 
     def _make_buffers(self) -> None:
-        num_turns = _NUM_BUFFERS if self._device.type == "cuda" and not self._tier.may_hang else 1
+        num_turns = 2 if self._device.type == "cuda" and not self._tier.may_hang else 1
         self._turns = [_Turn.of(self._num_buffered, self._block_bytes, self._device) for _ in range(num_turns)]
 
     def _names(self, command: TierCommand, first: int, count: int) -> list[BlockName]:
