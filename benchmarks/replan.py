@@ -182,7 +182,7 @@ async def _auto(given: argparse.Namespace) -> dict[str, Any]:
 
         async def ask(number: int) -> None:
             length, count = (
-                max(2, int(mean * rng.lognormvariate(-0.18, 0.6))) for mean in (given.prompt, given.output)
+                min(2000, max(2, int(mean * rng.lognormvariate(-0.18, 0.6)))) for mean in (given.prompt, given.output)
             )
             prompt = random_prompt(length, number, llm.engine.vocab_size)
             sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
