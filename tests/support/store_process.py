@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from tests.support.paths import ROOT
 
 _DEADLINE_S = 60.0
@@ -52,25 +54,34 @@ class StoreProcess:
             time.sleep(0.02)
 
     def flip_bytes(self) -> int:
-        """Change a byte in every 512 that the memory holds and that are not zero; returns how many."""
-        pid, size = self.pid_of("mooncake_client"), self.settings["bytes"]
+        """Change a byte in every 512 that the store holds and that are not zero; returns how many."""
+        begin, size = self._memory(), self.settings["bytes"]
         changed = 0
-        with (
-            open(f"/proc/{pid}/maps", encoding="ascii") as maps,
-            open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory,
-        ):
-            for line in maps:
-                begin, end = (int(text, 16) for text in line.split(maxsplit=1)[0].split("-"))
-                if end - begin < size or " rw" not in line or "/" in line:
-                    continue
-                memory.seek(begin)
-                data = memory.read(end - begin)
-                for place in range(0, len(data), 512):
-                    if data[place]:
-                        memory.seek(begin + place)
-                        memory.write(bytes([data[place] ^ 16]))
-                        changed += 1
+        with open(f"/proc/{self.pid_of('mooncake_client')}/mem", "r+b", buffering=0) as memory:
+            memory.seek(begin)
+            data = memory.read(size)
+            for place in range(0, size, 512):
+                if data[place]:
+                    memory.seek(begin + place)
+                    memory.write(bytes([data[place] ^ 16]))
+                    changed += 1
         return changed
+
+    def _memory(self) -> int:
+        """Return the address of the store's memory in its process, which is a multiple of its size."""
+        from hbserve.kv_tiers.mooncake_library import load_library
+
+        values = torch.ones(4096, dtype=torch.uint8)
+        client = load_library().MooncakeDistributedStore()
+        assert client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 0, "tcp", "", self.settings["master"]) == 0
+        try:
+            assert client.register_buffer(values.data_ptr(), values.nbytes) == 0
+            assert client.batch_put_from(["place"], [values.data_ptr()], [values.nbytes]) == [0]
+            [replica] = client.get_replica_desc("place")
+            address = int(replica.get_memory_descriptor().buffer_descriptor.buffer_address)
+            return address - address % int(self.settings["bytes"])
+        finally:
+            client.close()
 
 
 @contextlib.contextmanager
