@@ -75,7 +75,8 @@ class PlanRow(Value, frozen=True):
             of them, too, as if all guesses before it were right. They may be `TO_BE_DRAFTED`.
         unread: known tokens at positions ``unread_start ..`` that the draft model reads before it guesses anything; of
             a row whose guesses are to be drafted, those before ``start``. None: there are none.
-        ahead: guesses of the tokens after ``token_ids``, for later rounds; see `StepPlan`.
+        ahead: guesses of the tokens after ``token_ids``, for later rounds; see `StepPlan`. Where guesses are to be
+            drafted, but the row has ended: those that it has had.
         stop: in a step with rounds, the output is complete when the row would start here; `NO_STOP`: nothing says so.
     """
 

@@ -2,8 +2,8 @@
 
 Each round verifies a draft of each row and begins behind the tokens that the round before has brought. Its guesses come
 from the draft model, or go on in a longer guess that came with the plan. Scheduler and worker both compute the next
-round from the tokens, so it need not be sent. A row whose output has ended stays where it is until the step ends. What
-it samples does not count::
+round from the tokens, so it need not be sent. A row whose output has ended stays where it is, with its guesses, until
+the step ends. What it samples does not count::
 
     plan      the │ cat sat on a mat and ...        the first guesses, and those that are ahead
     round 1   the │ cat sat on        ─► cat sat in            result: 3 tokens, and more follows
@@ -51,6 +51,18 @@ def next_guesses(draft: list[int], ahead: list[int], num_tokens: int) -> tuple[l
     return [*left[:length], *[_FILLER] * (length - len(left))], left[length:]
 
 
+def guesses_to_verify(row: PlanRow, made: list[int]) -> list[int]:
+    """Return the guesses of a row that a draft model guesses for: in a row that has ended, those of its last round.
+
+    It writes KV at the same positions again, which may be known by then as those of its tokens; other guesses would
+    change them.
+
+    Args:
+        made: by the draft model, in this round.
+    """
+    return made if row.ahead[:1] in ([], [TO_BE_DRAFTED]) else row.ahead
+
+
 def next_round(plan: StepPlan, result: StepResult, end_tokens_of: Callable[[int], Items[int]]) -> StepPlan | None:
     """Return the plan of the next round; None: the step ends here, because all outputs have ended or a mask is late.
 
@@ -76,7 +88,8 @@ def next_round(plan: StepPlan, result: StepResult, end_tokens_of: Callable[[int]
             return None
         start, unread, ahead = row.start + len(tokens), None, row.ahead
         if start >= row.stop or not {*end_tokens_of(row.slot)}.isdisjoint(tokens):
-            rows.append(msgspec.structs.replace(row, new_block_ids=[], stop=row.start))
+            kept = draft if num_to_draft else row.ahead
+            rows.append(msgspec.structs.replace(row, new_block_ids=[], stop=row.start, ahead=kept))
             continue
         num_going_on += 1
         unread_start = start - 1
