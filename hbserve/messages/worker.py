@@ -105,6 +105,15 @@ class PlanRow(Value, frozen=True):
         drafts, token_ids = self.num_drafts, self.token_ids
         return drafts if drafts and token_ids is not None and token_ids[-1] == TO_BE_DRAFTED else 0
 
+    @property
+    def kept_guesses(self) -> list[int]:
+        """Guesses to verify in place of those that the draft model makes; empty: there are none.
+
+        A row that has ended, in a step with rounds, keeps those of its last round. It writes KV at the same positions
+        again, which may be known by then as those of its tokens; other guesses would change them.
+        """
+        return [] if not self.num_to_draft or self.ahead[:1] == [TO_BE_DRAFTED] else self.ahead
+
 
 class StepRef(Value, frozen=True):
     """Reference to a step of a worker on the same arenas: the worker's cell on their board, and the step's id."""

@@ -51,18 +51,6 @@ def next_guesses(draft: list[int], ahead: list[int], num_tokens: int) -> tuple[l
     return [*left[:length], *[_FILLER] * (length - len(left))], left[length:]
 
 
-def guesses_to_verify(row: PlanRow, made: list[int]) -> list[int]:
-    """Return the guesses of a row that a draft model guesses for: in a row that has ended, those of its last round.
-
-    It writes KV at the same positions again, which may be known by then as those of its tokens; other guesses would
-    change them.
-
-    Args:
-        made: by the draft model, in this round.
-    """
-    return made if row.ahead[:1] in ([], [TO_BE_DRAFTED]) else row.ahead
-
-
 def next_round(plan: StepPlan, result: StepResult, end_tokens_of: Callable[[int], Items[int]]) -> StepPlan | None:
     """Return the plan of the next round; None: the step ends here, because all outputs have ended or a mask is late.
 

@@ -31,7 +31,7 @@ from hbserve.messages.worker import (
     WantsToLeave,
 )
 from hbserve.sampling_params import SamplingParams
-from hbserve.speculation.rounds import accepted_tokens, guesses_to_verify, next_round
+from hbserve.speculation.rounds import accepted_tokens, next_round
 from tests.fault_search.memory import MAX_RANKS, NOTHING, NUM_LAYERS, Arena, kv_of, next_token, score_of
 from tests.fault_search.scenario import BLOCK_BYTES, BLOCK_SIZE, HEARTBEAT_TIMEOUT_S, VOCAB_SIZE
 from tests.fault_search.tiers import Copies, HostMemory
@@ -323,7 +323,7 @@ class Worker(Process):
             self._feed(slot, position, token)
         if row.num_to_draft:
             tokens = self._drafted(row, slot)
-            tokens[-row.num_to_draft :] = guesses_to_verify(row, tokens[-row.num_to_draft :])
+            tokens[-row.num_to_draft :] = row.kept_guesses or tokens[-row.num_to_draft :]
             draft_ids += tokens[-row.num_to_draft :]
         if tokens is None:
             last = self.arena.last_tokens.get(row.slot) if row.sampled_elsewhere else slot.last_token

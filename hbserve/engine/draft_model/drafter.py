@@ -33,7 +33,6 @@ from hbserve.messages.worker import TO_BE_DRAFTED, PlanRow, SequenceState
 from hbserve.models.decoder import Decoder
 from hbserve.platform import Platform
 from hbserve.sampling_params import SamplingParams
-from hbserve.speculation.rounds import guesses_to_verify
 
 if TYPE_CHECKING:
     from hbserve.engine.decode_graphs import DecodeGraphs
@@ -171,7 +170,7 @@ class ModelDrafter:
                 token = sampled[begin + place]
                 guesses[slot].append(token if 0 <= token < vocab_size else 0)
             begin += len(tokens)
-        guesses |= {row.slot: guesses_to_verify(row, guesses[row.slot]) for row in asked}
+        guesses |= {row.slot: row.kept_guesses for row in asked if row.kept_guesses}
         flat = [token for row in asked for token in guesses[row.slot]]
         filled = [_with_guesses(row, guesses[row.slot]) if row.num_to_draft else row for row in rows]
         return filled, Drafted(flat, drafting.timer)
