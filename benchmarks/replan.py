@@ -82,9 +82,10 @@ def _instances(given: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-async def _changes(given: argparse.Namespace) -> dict[str, Any]:
-    folder, instances = find_model(given.model), _instances(given)
-    config = PdDisaggConfig.from_arguments(
+def _config(given: argparse.Namespace, **options: Any) -> PdDisaggConfig:
+    """Return the configuration of a system in mode auto, whose plan changes."""
+    folder = find_model(given.model)
+    return PdDisaggConfig.from_arguments(
         str(folder),
         mode="auto",
         device=given.device,
@@ -93,8 +94,13 @@ async def _changes(given: argparse.Namespace) -> dict[str, Any]:
         max_model_len=4096,
         kv_transfer_backend=given.backend,
         log_level=given.log_level,
-        gpu_instances=instances,
+        **options,
     )
+
+
+async def _changes(given: argparse.Namespace) -> dict[str, Any]:
+    instances = _instances(given)
+    config = _config(given, gpu_instances=instances)
     rows: list[dict[str, Any]] = []
     half = len(instances) // 2
     apart, together = f"{half}p{len(instances) - half}d", f"unified*{len(instances)}"
@@ -158,21 +164,8 @@ def _clock(at: float) -> str:
 
 
 async def _auto(given: argparse.Namespace) -> dict[str, Any]:
-    folder = find_model(given.model)
     ttft_ms, tpot_ms = given.targets
-    config = PdDisaggConfig.from_arguments(
-        str(folder),
-        mode="auto",
-        device=given.device,
-        load_format=default_load_format(folder),
-        num_blocks=given.num_blocks,
-        max_model_len=4096,
-        kv_transfer_backend=given.backend,
-        log_level=given.log_level,
-        ttft_target_ms=ttft_ms,
-        tpot_target_ms=tpot_ms,
-        gpu_instances=_instances(given),
-    )
+    config = _config(given, ttft_target_ms=ttft_ms, tpot_target_ms=tpot_ms, gpu_instances=_instances(given))
     rng, served = random.Random(1), list[tuple[float, list[float]]]()  # arrival and times of tokens
     async with DisaggregatedLLM(config) as llm:
         running = llm.running_plan

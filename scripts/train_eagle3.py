@@ -35,6 +35,8 @@ import demo_language as language
 
 _PASS_WEIGHT = 0.8
 """Weight of a pass relative to the one before: a guess counts only if those before it are right."""
+_NUM_HELD_OUT = 32
+"""Texts that are not trained on; the greedy ones of them show how often the head is right."""
 _TEMPLATES = (
     "What is a {}?",
     "Write three sentences about a {} and a {}.",
@@ -284,7 +286,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=120, help="time of training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.sequences < _NUM_HELD_OUT + options.batch:
+        parser.error(f"--sequences must be at least --batch and {_NUM_HELD_OUT} more, got {options.sequences}")
+    return options
 
 
 def main() -> None:
@@ -303,7 +308,7 @@ def main() -> None:
     token_ids = counts.argsort(descending=True)[: options.draft_vocab].sort().values
     print(f"{len(texts)} texts, {int(counts.sum())} tokens, {int((counts > 0).sum())} different", flush=True)
     read = read_texts(model, texts, layers)
-    held_out, read = read[:32:2], read[32:]  # greedy answers
+    held_out, read = read[:_NUM_HELD_OUT:2], read[_NUM_HELD_OUT:]  # greedy answers
     embedding, lm_head = model.get_input_embeddings().weight.detach(), model.lm_head.weight.detach()[token_ids]
     head = Head(config_of(config, layers, len(token_ids)), embedding)
     with torch.no_grad():
@@ -323,9 +328,8 @@ def main() -> None:
         if step % 20 == 0:
             found = acceptance(head, held_out, token_ids, 5)
             shown = " ".join(f"{value:.3f}" for value in found)
-            print(
-                f"{spent:.0f} s, step {step}: loss {float(loss):.3f}, acceptance of guess 1 to 5: {shown}", flush=True
-            )
+            state = f"{spent:.0f} s, step {step}: loss {float(loss.detach()):.3f}"
+            print(f"{state}, acceptance of guess 1 to 5: {shown}", flush=True)
     save(head, config_of(config, layers, len(token_ids)), token_ids, options.output)
     shown = " ".join(f"{value:.3f}" for value in acceptance(head, held_out, token_ids, 5))
     print(f"{options.output}: acceptance of guess 1 to 5, each if those before it are right: {shown}")

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -33,6 +34,7 @@ _WORD_BYTES, _ROW_WORDS = 8, 4096
 _BUFFER_BYTES = 16 << 20
 _MAX_THREADS = 4
 """Threads that read and sum; one does some GB/s, and others load the weights meanwhile."""
+_DIGEST = re.compile("[0-9a-f]{64}")
 _MIN_KEPT_BYTES = 64 << 20
 """Digests of smaller models are not kept: they take no time."""
 
@@ -87,14 +89,14 @@ class WeightsDigest:
         paths = {entry.path for entry in tensors.values()}
         kept = _kept_file(paths)
         if keeps:
-            with contextlib.suppress(OSError):
-                return kept.read_text(encoding="ascii")
+            with contextlib.suppress(OSError, ValueError):
+                found = kept.read_text(encoding="ascii")
+                if _DIGEST.fullmatch(found):  # a damaged file must not make two models one
+                    return found
         digest, names = hashlib.sha256(), sorted(tensors)
         for name, part in zip(names, self._pool.map(self._sum, [tensors[name] for name in names]), strict=True):
             digest.update(name.encode() + part)
-        if (
-            keeps and not self._is_over and kept == _kept_file({entry.path for entry in tensors.values()})
-        ):  # they did not change meanwhile
+        if keeps and not self._is_over and kept == _kept_file(paths):  # they did not change meanwhile
             with contextlib.suppress(OSError):
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = kept.with_suffix(f".{os.getpid()}")

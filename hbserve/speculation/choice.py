@@ -145,11 +145,14 @@ def _shrunk(records: Items[Record]) -> list[float]:
 def _lengths(
     candidates: Items[Candidate], acceptances: Items[float], worths: Items[float], max_rows: int
 ) -> tuple[list[int], float]:
-    """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring; more
-    than one of a late sequence count double.
+    """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring.
 
-    ``worths`` has one probability for each candidate. The i-th token of a draft is worth its cost if the probability
-    that all i tokens are right is higher. Tokens of late sequences get rows first, and then the most probable ones.
+    More than one expected token of a late sequence counts double. The i-th token of a draft gets a row if its first i
+    tokens are all right with a higher probability than the candidate's worth. Where rows are short, late sequences
+    get theirs first, then the most probable tokens.
+
+    Args:
+        worths: for each candidate, the probability at which a token is worth its cost.
     """
     offers: list[tuple[bool, float, int]] = []
     for index, (candidate, acceptance, worth) in enumerate(zip(candidates, acceptances, worths, strict=True)):

@@ -217,6 +217,11 @@ MODELS: dict[str, dict[str, Any]] = {
             ("qwen3_vl", {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32}),
         )
     },
+    "llava": {
+        "model_type": "llava",
+        "text_config": _BASE | {"model_type": "mistral"},
+        "vision_config": _VISION | {"model_type": "clip_vision_model"},
+    },
     "mistral3": {"model_type": "mistral3", "text_config": _BASE | {"model_type": "mistral"}, "vision_config": _VISION},
     "granite": {
         "model_type": "granite",
@@ -355,7 +360,7 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 _SHARED = (
     *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
     *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
-    *("granitemoeshared", "granite4", "gemma3_with_images", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    *("granitemoeshared", "granite4", "gemma3_with_images", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
 """Models that do not share all of their attention with another one here."""

@@ -67,9 +67,8 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
     tl.store(num_stored + row, stored, mask=goes_on)
     tl.store(slot_mapping + row, page_id.to(tl.int64) * page + position % page, mask=goes_on)
     tl.store(places + sequence, place)
-    tl.store(
-        stops + sequence, tl.where(stored < stop, stop, 0)
-    )  # a sequence that has stopped does not go on, whatever is sampled now
+    # A sequence that has stopped does not go on, whatever is sampled from now on.
+    tl.store(stops + sequence, tl.where(stored < stop, stop, 0))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from hbserve.model_spec import ModelSpec
 from hbserve.models.eagle3_spec import Eagle3Spec
 from hbserve.sampling_params import SamplingParams
 from tests.support.model_zoo import HEAD_TAPS, VOCAB_SIZE, save_head, save_model
+from tests.support.paths import ROOT
 from tests.support.plan_driver import GREEDY, Driver, Sequence
 from tests.unit.engine.test_model_runner import make_prompt, make_runner
 
 HEAD_DIM, THETA = 16, 10000.0
+DEMO = ROOT / "examples" / "models" / "hbserve-demo"
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -101,6 +105,25 @@ def test_guesses_are_those_of_a_plain_computation(target: str, norm_first: bool,
         assert guesses == guess(model, head, tokens, len(guesses), norm_first, kinds[slot])
 
 
+def load_head(folder: Path, spec: ModelSpec) -> Eagle3Spec:
+    head = Eagle3Spec.load(folder, spec)
+    table = head.table(torch.float32, 0, 1)
+    head.load_weights(folder, table, torch.empty(table.num_bytes, dtype=torch.uint8), 0, 1)
+    return head
+
+
+def test_the_script_trains_a_head_that_can_be_loaded(tmp_path: Path) -> None:
+    options = {"model": DEMO, "output": tmp_path, "sequences": 36, "tokens": 6, "batch": 2, "passes": 2, "seconds": 0.2}
+    flags = [text for name, value in (options | {"draft-vocab": 64}).items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "scripts/train_eagle3.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "acceptance of guess 1 to 5" in done.stdout
+    head = load_head(tmp_path, ModelSpec.load(DEMO))
+    assert head.draft_vocab_size == 64
+    assert head.has_token_map
+
+
 def test_what_is_no_head_for_the_model_is_refused(tmp_path: Path) -> None:
     target, folder = tmp_path / "target", tmp_path / "head"
     save_model(target, "llama")
@@ -110,10 +133,7 @@ def test_what_is_no_head_for_the_model_is_refused(tmp_path: Path) -> None:
         saved = save_head(folder, **config)
         if tensors is not None:
             save_file({name: x for name, x in (saved | tensors).items() if x.numel()}, folder / "model.safetensors")
-        head = Eagle3Spec.load(folder, spec)
-        table = head.table(torch.float32, 0, 1)
-        head.load_weights(folder, table, torch.empty(table.num_bytes, dtype=torch.uint8), 0, 1)
-        return head
+        return load_head(folder, spec)
 
     assert load().tapped_layers == (0, 1, 2)
     nested = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 1]}}
