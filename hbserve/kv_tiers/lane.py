@@ -192,7 +192,7 @@ class Lane:
             epoch=command.epoch,
             job_id=command.job_id,
             failures=failures,
-            error=_describe(failures, len(checksums)),
+            error=_describe(failures, len(command.slots)),
             checksums=[] if isinstance(command, LoadBlocks) else [[number] for number in checksums],
             num_bytes=len(checksums) * self._block_bytes,
             seconds=time.perf_counter() - began,

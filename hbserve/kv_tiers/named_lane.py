@@ -125,8 +125,10 @@ class NamedLane(Lane):
         self._get(job, 0, len(index))
         for first in range(0, len(index), half):
             blocks = index[first : first + half]
-            failures |= self._caller.finish()
-            self._get(job, first + half, len(index))
+            absent = self._caller.finish()
+            failures |= absent
+            if not absent:
+                self._get(job, first + half, len(index))
             values, names = self._values[first // half % 2][: len(blocks)], self._names(command, first, len(blocks))
             own = sealed.checksums(values, names)
             found = self._move(job, blocks, values, to_arena=True)
@@ -137,6 +139,9 @@ class NamedLane(Lane):
                 if first + place not in failures and not is_right:
                     failures[first + place] = "checksum"
                     wrong.append(name)
+            if absent:  # the blocks behind it are of no use: do not wait for them
+                failures |= dict.fromkeys(range(first + half, len(index)), absent[min(absent)])
+                break
         if wrong:
             self._tier.remove(wrong)
         return checksums

@@ -115,7 +115,9 @@ class RequestLifecycle:
     def _enter(self, sequence: Sequence, phase: Phase) -> None:
         """Change a request's phase, and free the memory that it does not hold in the new one.
 
-        A request that waits or is finished holds none. One whose KV is transferred holds its decode allocation.
+        A request that waits or is finished holds none. One whose KV is transferred holds its decode allocation. An end
+        may come while the blocks are still read or written: in the middle of `on_step_done`, with later steps,
+        transfers and copies of tiers under way. Each has a pin, so no block gets new contents before the last one ends.
         """
         sequence.enter(phase)
         if phase not in (Phase.WAITING, Phase.PREFILLING):

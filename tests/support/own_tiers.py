@@ -16,6 +16,7 @@ class DictTier(KVTier):
 
     kept: ClassVar[dict[str, bytearray]] = {}
     removed: ClassVar[list[str]] = []
+    num_gets: ClassVar[int] = 0
 
     def __init__(self, context: KVTierContext) -> None:
         self.context = context
@@ -31,6 +32,7 @@ class DictTier(KVTier):
 
     def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
         failures = {}
+        DictTier.num_gets += 1
         for place, name in enumerate(names):
             if name.text in self.kept:
                 values[place] = torch.frombuffer(self.kept[name.text], dtype=torch.uint8)
@@ -52,16 +54,16 @@ class WrongTier(DictTier):
 
     def __init__(self, context: KVTierContext) -> None:
         super().__init__(context)
-        self._num_gets = self._num_lookups = 0
+        self._num_reads = self._num_lookups = 0
 
     def put(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
         raise LookupError("the wrong tier keeps nothing")
 
     def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
-        self._num_gets += 1
-        if self._num_gets % 3 == 0:
+        self._num_reads += 1
+        if self._num_reads % 3 == 0:
             raise ZeroDivisionError("the wrong tier cannot read")
-        if self._num_gets % 3 == 1:
+        if self._num_reads % 3 == 1:
             values.fill_(7)
         return {}
 

@@ -130,6 +130,21 @@ async def test_every_wrong_value_is_noticed_and_removed() -> None:
         DictTier.kept.update(values)
 
 
+async def test_a_load_ends_at_the_call_that_finds_a_block_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbserve.kv_tiers.named_lane._HALF_BYTES", 2 * (BLOCK_BYTES + SEAL_BYTES))
+    rank = Rank()
+    await rank.store(KEYS, [0, 1, 2, 3, 4, 5])
+    [lost] = [text for text in DictTier.kept if text.endswith(KEYS[3].hex())]
+    del DictTier.kept[lost]
+    DictTier.num_gets = 0
+    result = await rank.load(KEYS, [6, 7, 8, 9, 10, 11])
+    assert result.failures == dict.fromkeys((3, 4, 5), "missing")
+    assert result.error == "3 of 6 blocks: missing"
+    assert DictTier.num_gets == 2
+    assert torch.equal(rank.arena[[6, 7, 8]], rank.arena[[0, 1, 2]])
+    assert not (await rank.load(KEYS[4:], [10, 11])).failures
+
+
 async def test_a_right_value_that_is_not_what_this_system_stored_is_not_taken() -> None:
     rank = Rank()
     await rank.store(KEYS[:1], [0])

@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 
+from hbserve import SamplingParams
+from hbserve.kv_cache.block_pool import BlockState
+from hbserve.messages.client import AddRequest
 from hbserve.messages.transfer import TransferResult
+from hbserve.scheduler.sequence import Phase
 from hbserve.scheduler.transfer import TRANSITIONS, Link, Receiver, Sender, State, Transfer
 from tests.support.scheduler_parts import SchedulerParts
 
@@ -98,6 +102,28 @@ def test_every_legal_transition_happens_and_no_pin_is_left(monkeypatch: pytest.M
             instance.pool.check_consistency()
             assert instance.pool.num_free_blocks == instance.pool.total_blocks, story
     assert seen == {(before, after) for before, states in TRANSITIONS.items() for after in states}
+
+
+def test_blocks_of_a_request_that_ends_with_its_first_token_wait_for_its_transfers() -> None:
+    parts = SchedulerParts("disaggregated", kv_verify=False)
+    parts.open_links()
+    prompt, sampling = [1] * 20, SamplingParams(max_tokens=9)
+    sequence = parts.add_request(
+        AddRequest(request_id="a", prompt_token_ids=prompt, end_token_ids=[7], sampling=sampling)
+    )
+    assert parts.requests.admit(sequence)
+    tables = [(allocation.pool, list(allocation.block_ids)) for allocation in sequence.allocations]
+    parts.steps(1)
+    assert (sequence.phase, parts.outputs[-1].finish_reason) == (Phase.FINISHED, "stop")
+
+    def num_waiting() -> list[int]:
+        return [sum(pool.block_states()[block] is BlockState.PENDING for block in blocks) for pool, blocks in tables]
+
+    assert num_waiting() == [len(blocks) for _, blocks in tables]
+    report(parts, sent=True)
+    assert num_waiting() == [0, len(tables[1][1])]
+    report(parts, sent=False)
+    assert num_waiting() == [0, 0]
 
 
 def test_an_illegal_transition_is_a_bug() -> None:
