@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and write the JSON file."""
     most = max(arguments.blocks)
     rows = []
-    with running_store(4 * most * arguments.block_bytes) as master:
-        instances = [_Instance(master, arguments.block_bytes, most) for _ in range(2)]
+    with running_store(4 * most * arguments.block_bytes) as store:
+        instances = [_Instance(store.master, arguments.block_bytes, most) for _ in range(2)]
         try:
             for count in arguments.blocks:
                 rows.append(_measure(instances, count, arguments.block_bytes, arguments.repeats))
@@ -74,9 +75,21 @@ def _measure(instances: list[_Instance], count: int, block_bytes: int, repeats: 
     return row
 
 
+@dataclass(frozen=True)
+class RunningStore:
+    """A store that runs; ``master``: its address."""
+
+    master: str
+    pid: int
+
+    def pids(self) -> list[int]:
+        """Return the processes of master and memory that run now."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+
 @contextlib.contextmanager
-def running_store(num_bytes: int) -> Iterator[str]:
-    """Run ``hbserve store``; yields the master's address."""
+def running_store(num_bytes: int) -> Iterator[RunningStore]:
+    """Run ``hbserve store``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         master = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -90,7 +103,7 @@ def running_store(num_bytes: int) -> Iterator[str]:
             try:
                 if not process.stdout.readline():
                     raise SystemExit("hbserve store has ended")
-                yield master
+                yield RunningStore(master, process.pid)
             finally:
                 process.terminate()
                 process.wait(_TIMEOUT_S)

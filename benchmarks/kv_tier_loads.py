@@ -6,7 +6,8 @@ turns     sessions whose prompts together are several times as large as the pool
 random    new, repeated, growing, best-effort and aborted requests at random, with the tier, and with a disk and a store
           if they are asked for. Every request must have all its tokens, no copy may fail, all blocks must come back,
           and prompts that come again must have the same greedy answers. On a GPU these may differ, because sums depend
-          on the batch there: it is counted how often they do.
+          on the batch there: it is counted how often they do. With ``--faults`` bytes of the disk's file are changed
+          meanwhile, and processes of the store are stopped and killed. Then copies may fail, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import tempfile
 import time
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.kv_store import running_store
+from benchmarks.kv_store import RunningStore, running_store
 from hbserve import DisaggregatedLLM, SamplingParams
 from hbserve.bench.arguments import (
     add_engine_arguments,
@@ -34,12 +37,15 @@ from hbserve.bench.arguments import (
     positive,
     positive_float,
 )
-from hbserve.errors import HBServeError
+from hbserve.errors import ConfigError, HBServeError
 
 _BLOCK_SIZE = 16
 _TURN_TOKENS = 128
 _IDLE_DEADLINE_S = 30.0
 _MIN_RANDOM_TOKENS = 64
+_FAULT_INTERVAL_S = 15.0
+_STOPPED_S = 4.0
+_CHANGED_BYTES = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=positive_float, default=60.0, help="random: requests come (default: 60)")
     parser.add_argument("--disk-bytes", type=positive, help="random: also a tier on disk, in a temporary folder")
     parser.add_argument("--store-bytes", type=positive, help="random: also a Mooncake Store, which runs here meanwhile")
+    parser.add_argument("--faults", action="store_true", help="random: damage the disk's file, stop and kill the store")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     add_engine_arguments(parser)
@@ -64,11 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and write the JSON file."""
     check_new_file("--json", arguments.json)
+    if arguments.faults and (arguments.load != "random" or not (arguments.disk_bytes or arguments.store_bytes)):
+        raise ConfigError("--faults: it is for the load random with --disk-bytes or --store-bytes")
     found: dict[str, Any] = {}
     for name in ("none", "host") if arguments.load == "turns" else ("host",):
         with ExitStack() as stack:
-            tiers = _tiers(arguments, stack) if name == "host" else {"host_bytes": 0}
-            found[name] = asyncio.run(_measure(arguments, tiers))
+            faults = _Faults(arguments.seed)
+            tiers = _tiers(arguments, stack, faults) if name == "host" else {"host_bytes": 0}
+            found[name] = asyncio.run(_measure(arguments, tiers, faults))
     if arguments.load == "turns":
         for turn, (before, after) in enumerate(zip(found["none"]["turns"], found["host"]["turns"], strict=True), 1):
             print(f"turn {turn}: throughput with the tier is {before['seconds'] / after['seconds']:.2f} times")
@@ -76,19 +86,20 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _tiers(arguments: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
-    """Return the settings of the tiers; ``stack`` ends what they need."""
+def _tiers(arguments: argparse.Namespace, stack: ExitStack, faults: _Faults) -> dict[str, Any]:
+    """Return the settings of the tiers; ``stack`` ends what they need, and ``faults`` learns where they are."""
     tiers: dict[str, Any] = {"host_bytes": arguments.host_bytes}
     if arguments.disk_bytes is not None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
+        faults.folder = Path(folder)
         tiers["disk"] = {"path": folder, "bytes": arguments.disk_bytes}
     if arguments.store_bytes is not None:
-        master = stack.enter_context(running_store(arguments.store_bytes))
-        tiers["store"] = {"master": master, "bytes": arguments.store_bytes}
+        faults.store = stack.enter_context(running_store(arguments.store_bytes))
+        tiers["store"] = {"master": faults.store.master, "bytes": arguments.store_bytes}
     return tiers
 
 
-async def _measure(arguments: argparse.Namespace, tiers: dict[str, Any]) -> dict[str, Any]:
+async def _measure(arguments: argparse.Namespace, tiers: dict[str, Any], faults: _Faults) -> dict[str, Any]:
     model = find_model(arguments.model)
     longest = arguments.prompt_len + arguments.turns * (_TURN_TOKENS + arguments.output_len) + _BLOCK_SIZE
     defaults = {
@@ -98,11 +109,17 @@ async def _measure(arguments: argparse.Namespace, tiers: dict[str, Any]) -> dict
     }
     config = make_config(model, defaults | tiers | engine_arguments(arguments, model))
     async with DisaggregatedLLM(config) as llm:
-        load = _Load(llm, arguments)
+        load = _Load(llm, arguments, faults)
         await load.ask(load.prompt(min(512, arguments.prompt_len)), 2)
         print(f"{'with tiers' if tiers['host_bytes'] else 'no tier'}:", flush=True)
+        making_faults = asyncio.create_task(faults.make()) if arguments.faults else None
         result = await (load.turns() if arguments.load == "turns" else load.random())
         stats = await load.idle()
+        if making_faults is not None:
+            making_faults.cancel()
+            with suppress(asyncio.CancelledError):
+                await making_faults
+            print(f"  faults: {faults.counts}")
     return result | {"tier": stats["kv_tiers"].get("host"), "preemptions": stats["cpu_scheduler"]["preemptions"]}
 
 
@@ -115,9 +132,68 @@ class _Session:
     cached: list[int] = field(default_factory=list)
 
 
-def _unexpected(name: str, failures: dict[str, int]) -> dict[str, int]:
-    """Leave out what a store may do: it evicts on its own, and says that it is full."""
-    return {kind: count for kind, count in failures.items() if name != "store" or kind not in ("full", "missing")}
+class _Faults:
+    """Faults of the tiers while they are used, one after the other.
+
+    Attributes:
+        folder: of the disk tier; None: there is none.
+        store: the store that runs; None: there is none.
+        counts: how often each was made.
+    """
+
+    folder: Path | None = None
+    store: RunningStore | None = None
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.default_rng([seed, 1 << 20])
+        self.counts = dict.fromkeys(("changed bytes", "stopped", "killed"), 0)
+
+    def expected(self, name: str, are_made: bool) -> set[str]:
+        """Return the failures that a tier may have. A store evicts on its own, and says that it is full."""
+        kinds = {"full", "missing"} if name == "store" else set()
+        if are_made and name == "disk":
+            kinds = {"checksum"}
+        elif are_made and name == "store":
+            kinds |= {"checksum", "timeout", "late", "lookup", "backend"}
+        return kinds
+
+    async def make(self) -> None:
+        """Make faults until it is cancelled. The store is killed seldom: it ends after ten restarts in ten minutes."""
+        while True:
+            for make in (self._change_bytes, self._stop, self._change_bytes, self._kill):
+                await asyncio.sleep(_FAULT_INTERVAL_S)
+                await make()
+
+    async def _change_bytes(self) -> None:
+        """Change bytes in blocks of the disk's files that are not zero."""
+        for path in [] if self.folder is None else self.folder.glob("*.kv"):
+            with path.open("r+b", buffering=0) as file:
+                for place in self._random.integers(path.stat().st_size, size=_CHANGED_BYTES).tolist():
+                    file.seek(place)
+                    [value] = file.read(1)
+                    if value:
+                        file.seek(place)
+                        file.write(bytes([value ^ 1]))
+                        self.counts["changed bytes"] += 1
+
+    async def _stop(self) -> None:
+        pids = [] if self.store is None else self.store.pids()
+        if pids:
+            pid = int(self._random.choice(pids))
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                self.counts["stopped"] += 1
+                try:
+                    await asyncio.sleep(_STOPPED_S)
+                finally:
+                    os.kill(pid, signal.SIGCONT)
+
+    async def _kill(self) -> None:
+        pids = [] if self.store is None else self.store.pids()
+        if pids:
+            with suppress(ProcessLookupError):
+                os.kill(int(self._random.choice(pids)), signal.SIGKILL)
+                self.counts["killed"] += 1
 
 
 @dataclass(eq=False)
@@ -137,8 +213,8 @@ class _Known:
 
 
 class _Load:
-    def __init__(self, llm: DisaggregatedLLM, arguments: argparse.Namespace) -> None:
-        self._llm, self._arguments = llm, arguments
+    def __init__(self, llm: DisaggregatedLLM, arguments: argparse.Namespace, faults: _Faults) -> None:
+        self._llm, self._arguments, self._faults = llm, arguments, faults
         self._random = np.random.default_rng(arguments.seed)
 
     def prompt(self, length: int) -> list[int]:
@@ -178,10 +254,9 @@ class _Load:
             if time.monotonic() > deadline:
                 raise HBServeError(f"blocks do not come back: {blocks}")
             await asyncio.sleep(0.05)
-        failures = {name: _unexpected(name, tier["failures"]) for name, tier in stats["kv_tiers"].items()}
-        failures = {name: kinds for name, kinds in failures.items() if kinds}
-        if failures:
-            raise HBServeError(f"copies have failed: {failures}")
+        for name, tier in stats["kv_tiers"].items():
+            if tier["failures"].keys() - self._faults.expected(name, self._arguments.faults):
+                raise HBServeError(f"copies have failed: {name}: {tier['failures']}")
         return stats
 
     # --- sessions --------------------------------------------------------------------------------
