@@ -2,8 +2,9 @@
 
     python -m benchmarks best_effort --model qwen3-8b --trace azure.csv --rate 20 --slo-scale 7.5:10 --json out.json
 
-One system of mode ``unified`` serves the trace alone, then the trace beside a backlog of best-effort requests, then the
-backlog alone for a few seconds.
+One system of mode ``unified`` serves the trace alone, then the same requests beside a backlog of best-effort requests,
+then the backlog alone for a few seconds. *busy* is the share of the arrivals' time in which the worker computed steps.
+The file is written after each of the three.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from hbserve.bench.arguments import (
     positive_float,
 )
 from hbserve.bench.report import versions
+from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve import ServeBenchmark
 from hbserve.bench.serve_options import ALL_TARGETS, ServeOptions, SloScale
 from hbserve.bench.serve_workload import WorkloadSource
@@ -36,6 +38,7 @@ from hbserve.bench.target import EngineTarget
 from hbserve.bench.traces import load_trace
 
 _MAX_ALONE_S = 6.0
+_HEADER = f"{'':20} {'attained':>8} {'TTFT p50':>8} {'p90':>7} {'TPOT p50':>8} {'batch tokens/s':>14} {'busy':>5}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder, or a shape under configs/models")
     parser.add_argument("--trace", required=True, type=Path, metavar="FILE", help="of the requests with targets")
     parser.add_argument("--rate", required=True, type=positive_float, metavar="PER_S", help="of these")
-    parser.add_argument("--slo-scale", required=True, metavar="X[:Y]", help="targets: times a lone request's, measured")
+    targets = parser.add_mutually_exclusive_group(required=True)
+    targets.add_argument("--slo-scale", metavar="X[:Y]", help="targets: times a lone request's, measured")
+    targets.add_argument("--goodput", metavar="TARGETS", help="targets, as ttft:500,tpot:50 (milliseconds)")
     parser.add_argument("--duration", type=float, default=20.0, metavar="S", help="of the arrivals (default: 20)")
     parser.add_argument("--max-input-len", type=positive, metavar="TOKENS", help="longer prompts are cut to this")
     parser.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="cut longer outputs to this")
@@ -56,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, write the JSON file."""
     check_new_file("--json", arguments.json)
-    document = asyncio.run(_measure(arguments))
-    arguments.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    asyncio.run(_measure(arguments))
 
 
 class Backlog:
@@ -92,37 +96,37 @@ class Backlog:
                 self.num_tokens += count
 
 
-async def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+async def _measure(arguments: argparse.Namespace) -> None:
     folder = find_model(arguments.model)
     config = make_config(folder, engine_arguments(arguments, folder) | {"mode": "unified"})
     sampling = SamplingParams(temperature=0, ignore_eos=True)
     results: dict[str, Any] = {}
+    document = {"rate": arguments.rate, "trace": arguments.trace.stem, "versions": versions(), "results": results}
     async with DisaggregatedLLM(config.freeze()) as llm:
         target = EngineTarget(llm, sampling)
         batch = EngineTarget(llm, SamplingParams(temperature=0, ignore_eos=True, priority="batch"))
         options = _options(arguments, target.vocab_size)
-        targets = await ServeBenchmark(target, options).measure_targets(SloScale.parse(arguments.slo_scale))
+        if arguments.goodput is not None:
+            targets = RequestTargets.parse(arguments.goodput)
+        else:
+            targets = await ServeBenchmark(target, options).measure_targets(SloScale.parse(arguments.slo_scale))
+        document["targets"] = dataclasses.asdict(targets)
         options = dataclasses.replace(options, targets=targets)
         backlog = Backlog(batch, *arguments.batch_lengths)
+        print(_HEADER, flush=True)
         for seed, (name, num_open) in enumerate((("alone", 0), ("beside best-effort", arguments.backlog))):
             async with backlog.keep_open(num_open):
                 started, before = time.monotonic(), backlog.num_tokens
-                document = await ServeBenchmark(target, dataclasses.replace(options, seed=seed)).run()
+                busy = asyncio.create_task(_busy_share(target, arguments.duration))
+                measured = await ServeBenchmark(target, dataclasses.replace(options, seed=seed)).run()
                 seconds, tokens = time.monotonic() - started, backlog.num_tokens - before
-            busy = _busy_share(document["target"])
-            results[name] = document["runs"][0] | {"batch_tokens_per_s": tokens / seconds, "busy_share": busy}
+            results[name] = measured["runs"][0] | {"batch_tokens_per_s": tokens / seconds, "busy_share": await busy}
+            _save_and_show(arguments.json, document, name)
         async with backlog.keep_open(arguments.backlog):
             before = backlog.num_tokens
             await asyncio.sleep(_MAX_ALONE_S)
             results["best-effort alone"] = {"batch_tokens_per_s": (backlog.num_tokens - before) / _MAX_ALONE_S}
-    _show(results)
-    return {
-        "targets": dataclasses.asdict(targets),
-        "rate": arguments.rate,
-        "trace": arguments.trace.stem,
-        "versions": versions(),
-        "results": results,
-    }
+        _save_and_show(arguments.json, document, "best-effort alone")
 
 
 def _options(arguments: argparse.Namespace, vocab_size: int) -> ServeOptions:
@@ -146,21 +150,29 @@ def _options(arguments: argparse.Namespace, vocab_size: int) -> ServeOptions:
     )
 
 
-def _busy_share(described: dict[str, Any]) -> float:
-    shares = [float(instance["busy_share"]) for instance in described["stats"]["gpu_instances"].values()]
-    return max(shares)
+async def _busy_share(target: EngineTarget, duration_s: float) -> float:
+    """Measure the share of the time, from now on, in which the busiest instance computed steps."""
+    before, started = await _busy_s(target), time.monotonic()
+    await asyncio.sleep(duration_s)
+    after, seconds = await _busy_s(target), time.monotonic() - started
+    return max(after[name] - before[name] for name in after) / seconds
 
 
-def _show(results: dict[str, Any]) -> None:
-    print(f"\n{'':20} {'attained':>8} {'TTFT p50':>8} {'p90':>7} {'TPOT p50':>8} {'batch tokens/s':>14} {'busy':>5}")
-    for name, result in results.items():
-        tokens = f"{result['batch_tokens_per_s']:14.0f}"
-        if "summary" not in result:
-            print(f"{name:20} {'':8} {'':8} {'':7} {'':8} {tokens}")
-            continue
-        summary = result["summary"]
-        print(
-            f"{name:20} {summary['attainment']:8.1%} {summary['ttft_ms']['p50']:8.1f} {summary['ttft_ms']['p90']:7.1f} "
-            f"{summary['tpot_ms']['p50']:8.1f} {tokens} {result['busy_share']:5.2f}",
-            flush=True,
-        )
+async def _busy_s(target: EngineTarget) -> dict[str, float]:
+    instances = (await target.describe())["stats"]["gpu_instances"]
+    return {name: float(instance["busy_s"]) for name, instance in instances.items()}
+
+
+def _save_and_show(path: Path, document: dict[str, Any], name: str) -> None:
+    path.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    result = document["results"][name]
+    tokens = f"{result['batch_tokens_per_s']:14.0f}"
+    if "summary" not in result:
+        print(f"{name:20} {'':8} {'':8} {'':7} {'':8} {tokens}", flush=True)
+        return
+    summary = result["summary"]
+    print(
+        f"{name:20} {summary['attainment']:8.1%} {summary['ttft_ms']['p50']:8.1f} {summary['ttft_ms']['p90']:7.1f} "
+        f"{summary['tpot_ms']['p50']:8.1f} {tokens} {result['busy_share']:5.2f}",
+        flush=True,
+    )

@@ -1,8 +1,9 @@
 """``python -m benchmarks compare``: several systems under the same loads, beside the simulator's numbers.
 
-Each system is started once and serves all loads. A system with an SLO controller is started once per
-load, since the targets are part of its configuration. The search for a system's highest rate begins at
-the simulator's, corrected by how far that was off for the systems before.
+Each system is started once and serves all loads. Systems that follow each other and differ in the scheduler only share
+their instances. A system with an SLO controller is started once per load, since the targets are part of its
+configuration. The search for a system's highest rate begins at the simulator's, corrected by how far that was off for
+the systems before.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from hbserve import PdDisaggConfig, SamplingParams
+from benchmarks.compared import ComparedSystem, Load, can_share_instances, loads_of
+from hbserve import Config, PdDisaggConfig, SamplingParams
 from hbserve.bench.arguments import (
     add_engine_arguments,
     check_new_file,
@@ -30,6 +32,7 @@ from hbserve.bench.arguments import (
     find_model,
     make_config,
     positive,
+    positive_float,
 )
 from hbserve.bench.report import versions
 from hbserve.bench.request_record import RequestTargets
@@ -37,14 +40,12 @@ from hbserve.bench.serve import ServeBenchmark
 from hbserve.bench.serve_options import ALL_TARGETS, ServeOptions, SloScale
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.target import EngineTarget, start_engine
-from hbserve.bench.traces import load_trace
 from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.model_spec import ModelSpec
 from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.simulate.config import Sizes
 from hbserve.simulate.requests import requests_of
-from hbserve.simulate.standard_loads import LOADS, standard_trace
 from hbserve.simulate.systems import Setting, SimulatedOutcome, System, find_highest_rate, simulate
 
 _FACTOR = 1.15  # between the rates of a search that begins near its end
@@ -52,9 +53,10 @@ _SETTLE_S = 2.5
 """Time in which an idle instance captures its CUDA graphs, which one that serves for longer has."""
 _GIVE_UP = 0.1  # a run this far below the attainment asked for is given up
 _HEADER = (
-    f"{'system':18} {'load':12} {'req/s':>7} {'met':>6} | {'TTFT p50':>8} {'p90':>7} {'p99':>7} | "
+    f"{'system':24} {'load':10} {'req/s':>7} {'met':>6} | {'TTFT p50':>8} {'p90':>7} {'p99':>7} | "
     f"{'TPOT p50':>8} {'p90':>6} {'p99':>6}"
 )
+_NO_NAME = " " * 35
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system",
         action="append",
         required=True,
-        help="named as for the simulator; systems of several GPUs take the first ones",
+        metavar="NAME[,KEY=VALUE,…]",
+        help="named as for the simulator, with arguments of hbserve.LLM that only this system has; systems of several "
+        "GPUs take the first ones",
     )
     parser.add_argument(
         "--trace",
@@ -74,9 +78,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a load, or chat, code or agents; may be repeated",
     )
-    parser.add_argument("--slo-scale", required=True, metavar="X[:Y]", help="targets: times a lone request's, measured")
+    targets = parser.add_mutually_exclusive_group(required=True)
+    targets.add_argument("--slo-scale", metavar="X[:Y]", help="targets: times a lone request's, measured")
+    targets.add_argument(
+        "--goodput",
+        action="append",
+        default=[],
+        metavar="TARGETS",
+        help="targets, as ttft:500,tpot:50 (milliseconds); once, or once for each load",
+    )
     parser.add_argument("--attainment", type=float, default=0.9, help="share of requests that keep them (default: 0.9)")
-    parser.add_argument("--duration", type=float, default=20.0, metavar="S", help="of a run's arrivals (default: 20)")
+    parser.add_argument(
+        "--duration",
+        action="append",
+        type=positive_float,
+        default=[],
+        metavar="S",
+        help="of a run's arrivals (default: 20); once, or once for each load",
+    )
     parser.add_argument("--min-requests", type=positive, default=40, metavar="N", help="of a run, which then is longer")
     parser.add_argument("--max-input-len", type=positive, metavar="TOKENS", help="longer prompts are cut to this")
     parser.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="cut longer outputs to this")
@@ -86,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_rates,
         default=[],
         metavar="A,B,…",
-        help="requests per second; no search; may be repeated: one for each load, in their order",
+        help="requests per second; no search; once, or once for each load",
     )
     parser.add_argument("--max-runs", type=positive, default=4, metavar="N", help="for a system and load (default: 4)")
     parser.add_argument("--time-limit", type=float, default=3600.0, metavar="S", help="for everything")
@@ -110,10 +129,6 @@ def _rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def _for_each(rates: list[tuple[float, ...]], num_loads: int) -> list[tuple[float, ...]]:
-    return rates if len(rates) == num_loads else (rates or [()]) * num_loads
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Compare; a system that fails is reported, and the others go on.
 
@@ -121,30 +136,10 @@ def run(arguments: argparse.Namespace) -> None:
         ConfigError: naming the argument that cannot be honoured.
     """
     check_new_file("--json", arguments.json)
-    systems = [System.parse(text) for text in arguments.system]
-    if len(arguments.rates) not in (0, 1, len(arguments.trace)):
-        raise ConfigError("--rates: give it once, for all loads, or once for each --trace")
-    if systems[0].form == "slo":
+    systems = [ComparedSystem.parse(text) for text in arguments.system]
+    if systems[0].system.form == "slo" and not arguments.goodput:
         raise ConfigError("--system: the first one is measured for the targets; it can have no controller")
     asyncio.run(Comparison(arguments, systems).run())
-
-
-@dataclass
-class _Load:
-    """A trace, and the targets of its requests.
-
-    Attributes:
-        rates: to run at; empty to search.
-        off_by: reached rates over the simulator's, of the systems so far.
-        predicted: the simulator's rate for each system, and the seconds of its runs.
-    """
-
-    name: str
-    source: WorkloadSource
-    rates: tuple[float, ...] = ()
-    targets: RequestTargets | None = None
-    off_by: list[float] = field(default_factory=list)
-    predicted: dict[System, tuple[float | None, float]] = field(default_factory=dict)
 
 
 class Comparison:
@@ -154,32 +149,21 @@ class Comparison:
         arguments: the arguments that `add_arguments` has declared.
     """
 
-    def __init__(self, arguments: argparse.Namespace, systems: list[System]) -> None:
+    def __init__(self, arguments: argparse.Namespace, systems: list[ComparedSystem]) -> None:
         self._options = arguments
         self._folder = find_model(arguments.model)
         self._engine = engine_arguments(arguments, self._folder)
         self._profile = load_profile(arguments.profile)
         vocab_size = ModelSpec.load(self._folder).vocab_size
-        self._loads = [
-            _Load(
-                path.stem,
-                WorkloadSource(
-                    trace=standard_trace(str(path)) if str(path) in LOADS else load_trace(path),
-                    arrivals="trace",
-                    duration_s=arguments.duration,
-                    max_input_len=arguments.max_input_len,
-                    max_output_len=arguments.max_output_len,
-                    vocab_size=vocab_size,
-                ),
-                rates,
-            )
-            for path, rates in zip(arguments.trace, _for_each(arguments.rates, len(arguments.trace)), strict=True)
-        ]
+        self._loads = loads_of(arguments, vocab_size)
         self._jobs = [
             (system, loads)
             for system in systems
-            for loads in ([[load] for load in self._loads] if system.form == "slo" else [self._loads])
+            for loads in ([[load] for load in self._loads] if system.system.form == "slo" else [self._loads])
         ]
+        self._running: tuple[Config, EngineTarget] | None = None
+        """The system whose instances run, and what they were started with."""
+        self._ending = AsyncExitStack()
         self._measured: list[tuple[dict[str, Any], tuple[Any, ...]]] = []  # runs, and how to simulate them
         self._deadline = time.monotonic() + arguments.time_limit
         self._document: dict[str, Any] = {
@@ -190,28 +174,24 @@ class Comparison:
 
     async def run(self) -> None:
         """Measure, print, write the JSON file."""
-        options = self._options
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             left = sum(len(loads) for _, loads in self._jobs)
-            for system, loads in self._jobs:
-                share_s = (self._deadline - time.monotonic()) * len(loads) / left
-                left -= len(loads)
-                if share_s < options.duration:
-                    print(f"{system.name}: no time left", flush=True)
-                    continue
-                try:
-                    async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
-                        until = self._deadline if loads[0].rates else time.monotonic() + share_s
-                        await self._serve(system, loads, until, pool)
-                except (HBServeError, TimeoutError) as error:
-                    print(f"{system.name}: {type(error).__name__}: {error}", flush=True)
-                    failed = {"system": system.name, "loads": [load.name for load in loads], "error": repr(error)}
-                    self._document["results"].append(failed)
-                    self._save()
+            try:
+                for system, loads in self._jobs:
+                    share_s = (self._deadline - time.monotonic()) * len(loads) / left
+                    left -= len(loads)
+                    if share_s < loads[0].duration_s:
+                        print(f"{system.name}: no time left", flush=True)
+                        continue
+                    await self._serve_or_report(system, loads, share_s, pool)
+            finally:
+                await self._ending.aclose()
+            self._show_runs()
             outcomes = await _in_pool(pool, _simulate, [arguments for _, arguments in self._measured])
         for (run, _), outcome in zip(self._measured, outcomes, strict=True):
             run["simulated"] = dataclasses.asdict(outcome)
         self._save()
+        self._show_runs()
         self._show_rates()
 
     def _save(self) -> None:
@@ -219,67 +199,62 @@ class Comparison:
 
     # --- one system ------------------------------------------------------------------------------
 
-    async def _serve(self, system: System, loads: list[_Load], until: float, pool: Executor) -> None:
-        started = time.monotonic()
-        config = self.config_of(system, loads[0].targets)
-        async with start_engine(config.freeze(), SamplingParams(temperature=0, ignore_eos=True)) as target:
-            start_s = time.monotonic() - started
-            described = await target.describe()
-            print(f"\n{system.name}: ready after {start_s:.1f} s", flush=True)
-            await asyncio.sleep(_SETTLE_S)
-            pools = [instance["kv_blocks"] for instance in described["stats"]["gpu_instances"].values()]
-            kv_tokens = min(pool["total"] * pool["block_size"] for pool in pools)
-            for number, load in enumerate(loads):
-                time_s = (until - time.monotonic()) / (len(loads) - number)
-                result = await self._search(target, system, load, kv_tokens, time_s, pool)
-                result |= {"start_s": start_s, "config": described["config"], "kv_tokens": kv_tokens}
-                self._document["results"].append(result)
-                self._save()
+    async def _serve_or_report(self, system: ComparedSystem, loads: list[Load], share_s: float, pool: Executor) -> None:
+        try:
+            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+                until = self._deadline if loads[0].rates else time.monotonic() + share_s
+                await self._serve(system, loads, until, pool)
+        except (HBServeError, TimeoutError) as error:
+            print(f"{system.name}: {type(error).__name__}: {error}", flush=True)
+            failed = {"system": system.name, "loads": [load.name for load in loads], "error": repr(error)}
+            self._document["results"].append(failed)
+            self._save()
+            self._running = None
+            await self._ending.aclose()
 
-    def config_of(self, system: System, targets: RequestTargets | None) -> PdDisaggConfig:
+    async def _serve(self, system: ComparedSystem, loads: list[Load], until: float, pool: Executor) -> None:
+        started = time.monotonic()
+        target = await self._start(self.config_of(system, loads[0].targets).freeze())
+        start_s = time.monotonic() - started
+        described = await target.describe()
+        print(f"\n{system.name}: ready after {start_s:.1f} s", flush=True)
+        pools = [instance["kv_blocks"] for instance in described["stats"]["gpu_instances"].values()]
+        kv_tokens = min(pool["total"] * pool["block_size"] for pool in pools)
+        for number, load in enumerate(loads):
+            time_s = (until - time.monotonic()) / (len(loads) - number)
+            result = await self._search(target, system, load, kv_tokens, time_s, pool)
+            result |= {"start_s": start_s, "config": described["config"], "kv_tokens": kv_tokens}
+            self._document["results"].append(result)
+            self._save()
+
+    async def _start(self, config: Config) -> EngineTarget:
+        if self._running is not None:
+            with_config, target = self._running
+            if can_share_instances(with_config, config):
+                await target.restart_scheduler(config)
+                return target
+            self._running = None
+            await self._ending.aclose()
+        engine = start_engine(config, SamplingParams(temperature=0, ignore_eos=True))
+        target = await self._ending.enter_async_context(engine)
+        self._running = config, target
+        await asyncio.sleep(_SETTLE_S)
+        return target
+
+    def config_of(self, system: ComparedSystem, targets: RequestTargets | None) -> PdDisaggConfig:
         """Return the configuration of a system.
 
         Raises:
             ConfigError: if it needs targets and there are none, or an engine argument makes no sense.
         """
-        arguments = dict(self._engine)
-        if system.form == "unified":
-            arguments["mode"] = "unified"
-            if system.chunk is not None:
-                largest = int(arguments.get("max_num_seqs", 256)) + system.chunk
-                arguments |= {"chunk_size": system.chunk, "max_chunk_prefill_tokens": system.chunk}
-                arguments["max_num_batched_tokens"] = max(int(arguments.get("max_num_batched_tokens", 8192)), largest)
-        elif system.form == "disaggregated":
-            arguments["mode"] = "disaggregated"
-        else:
-            assert system.allocation is not None
-            arguments |= {
-                "mode": "semi_pd",
-                "prefill_percentage": system.allocation.prefill_percentage,
-                "decode_percentage": system.allocation.decode_percentage,
-                "mixed": system.allocation.mixed,
-                "ladder": {"prefill": [], "decode": []} if system.form == "no_ladder" else self._options.rungs,
-            }
-            if system.form == "semi_pd":
-                arguments["ladder"] = {"prefill": [100], "decode": [100]}
-        if system.num_gpus > 1:
-            arguments["gpu_instances"] = _instances(system)
-        if system.form == "slo":
-            if targets is None:
-                raise ConfigError("the targets are not known: the first system has failed")
-            percentile = 100 * self._options.attainment
-            arguments["slo"] = {
-                "ttft_target_ms": targets.ttft_ms,
-                "tpot_target_ms": targets.tpot_ms,
-                "ttft_percentile": percentile,
-                "tpot_percentile": percentile,
-                "profile": None if self._options.profile is None else str(self._options.profile.absolute()),
-                **self._options.slo,
-            }
+        profile = None if self._options.profile is None else str(self._options.profile.absolute())
+        slo = {"profile": profile} | self._options.slo
+        percentile = 100 * self._options.attainment
+        arguments = system.arguments(self._engine, self._options.rungs, slo, targets, percentile)
         return make_config(self._folder, arguments)
 
     async def _search(
-        self, target: EngineTarget, system: System, load: _Load, kv_tokens: int, time_s: float, pool: Executor
+        self, target: EngineTarget, system: ComparedSystem, load: Load, kv_tokens: int, time_s: float, pool: Executor
     ) -> dict[str, Any]:
         """Search the highest rate within a time; return it with the simulator's."""
         deadline = time.monotonic() + time_s
@@ -289,18 +264,20 @@ class Comparison:
             benchmark = ServeBenchmark(target, dataclasses.replace(serve_options, targets=None))
             load.targets = await benchmark.measure_targets(SloScale.parse(options.slo_scale))
             print(f"{load.name}: {load.targets}", flush=True)
-            if not load.rates:
-                await self._predict(load, kv_tokens, pool)
-        setting = self._setting(load.targets, kv_tokens)
-        simulated, duration_s = load.predicted.get(system, (None, options.duration))
+        if not (load.rates or load.predicted):
+            await self._predict(load, kv_tokens, pool)
+        setting = self._setting(system, load.targets, kv_tokens)
+        simulated, duration_s = load.predicted.get(system, (None, load.duration_s))
 
         async def begin_as_configured() -> None:
             # A run must not begin at the split that the controller chose in the run before.
-            if system.form == "slo" and system.allocation is not None:
-                await target.set_split(system.allocation)
+            if system.system.form == "slo" and system.system.allocation is not None:
+                await target.set_split(system.system.allocation)
 
         off_by = math.exp(sum(map(math.log, load.off_by)) / len(load.off_by)) if load.off_by else 1.0
         first = min(off_by * (simulated or 1.0), len(load.source.trace or ()) / duration_s)
+        if load.rates:
+            first = load.rates[0]
         source = dataclasses.replace(load.source, duration_s=duration_s)
         document = await ServeBenchmark(
             target,
@@ -323,7 +300,9 @@ class Comparison:
         if simulated and reached:
             load.off_by.append(reached / simulated)
         for run in document["runs"]:
-            self._measured.append((run, (system, setting, source, run["summary"]["rate"], run["summary"]["seed"])))
+            self._measured.append(
+                (run, (system.system, setting, source, run["summary"]["rate"], run["summary"]["seed"]))
+            )
         return {
             "system": system.name,
             "load": load.name,
@@ -334,34 +313,34 @@ class Comparison:
             "runs": document["runs"],
         }
 
-    async def _predict(self, load: _Load, kv_tokens: int, pool: Executor) -> None:
+    async def _predict(self, load: Load, kv_tokens: int, pool: Executor) -> None:
         """Simulate all systems before the first one is measured, because a simulation takes its processors."""
         assert load.targets is not None
-        options, setting = self._options, self._setting(load.targets, kv_tokens)
         systems = list(dict.fromkeys(system for system, _ in self._jobs))
-        shared = (setting, load.source, options.seed, options.duration, options.min_requests)
-        found = await _in_pool(pool, _predict, [(system, *shared) for system in systems])
-        load.predicted = dict(zip(systems, found, strict=True))
+        shared = (load.source, self._options.seed, load.duration_s, self._options.min_requests)
+        calls = [(system.system, self._setting(system, load.targets, kv_tokens), *shared) for system in systems]
+        load.predicted = dict(zip(systems, await _in_pool(pool, _predict, calls), strict=True))
 
-    def _setting(self, targets: RequestTargets, kv_tokens: int) -> Setting:
+    def _setting(self, system: ComparedSystem, targets: RequestTargets, kv_tokens: int) -> Setting:
         steps = profiled_predictor(self._profile)
+        engine = self._engine | system.own
         sizes = Sizes(
-            chunk_size=_optional_int(self._engine.get("chunk_size")),
-            max_chunk_prefill_tokens=_optional_int(self._engine.get("max_chunk_prefill_tokens")),
-            max_num_seqs=int(self._engine.get("max_num_seqs", Sizes.max_num_seqs)),
+            chunk_size=_optional_int(engine.get("chunk_size")),
+            max_chunk_prefill_tokens=_optional_int(engine.get("max_chunk_prefill_tokens")),
+            max_num_seqs=int(engine.get("max_num_seqs", Sizes.max_num_seqs)),
             kv_tokens=kv_tokens,
-            scheduler=SchedulerConfig(policy=self._engine.get("scheduling_policy", SchedulerConfig().policy)),
+            scheduler=SchedulerConfig(policy=engine.get("scheduling_policy", SchedulerConfig().policy)),
         )
         return Setting(steps, steps, sizes, targets, self._options.attainment)
 
-    def _serve_options(self, system: System, load: _Load) -> ServeOptions:
+    def _serve_options(self, system: ComparedSystem, load: Load) -> ServeOptions:
         return ServeOptions(
             source=load.source,
             seed=self._options.seed,
             sampling=SamplingParams(),
             targets=load.targets,
             # A worker with fixed chunks would size its steps by a TPOT target.
-            told_targets=ALL_TARGETS if system.chunk is None else ("ttft_ms",),
+            told_targets=ALL_TARGETS if system.system.chunk is None else ("ttft_ms",),
             attainment=self._options.attainment,
             precision=0.03,
             timeout_s=60.0,
@@ -369,33 +348,34 @@ class Comparison:
 
     # --- results ---------------------------------------------------------------------------------
 
-    def _show_rates(self) -> None:
-        print(f"\nmeasured, and below each the simulator's\n{_HEADER}")
-        results = [result for result in self._document["results"] if "runs" in result]
-        for result in results:
-            for run in result["runs"]:
-                summary, simulated = run["summary"], run["simulated"]
-                name = f"{result['system']:18} {result['load'][:12]:12}"
-                measured = [(summary[key] or {}).get(p, math.nan) for key in ("ttft_ms", "tpot_ms") for p in _PERCENTS]
-                print(_row(name, summary["offered_per_s"], summary["attainment"], measured))
+    def _runs(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield each result that has runs, with each of its runs."""
+        for result in self._document["results"]:
+            for run in result.get("runs", ()):
+                yield result, run
+
+    def _show_runs(self) -> None:
+        """Print each run, and below it what was simulated, if it was."""
+        print(f"\nmeasured, and below each what is simulated\n{_HEADER}")
+        for result, run in self._runs():
+            summary = run["summary"]
+            name = f"{result['system'][:24]:24} {result['load'][:10]:10}"
+            measured = [(summary[key] or {}).get(p, math.nan) for key in ("ttft_ms", "tpot_ms") for p in _PERCENTS]
+            print(_row(name, summary["offered_per_s"], summary["attainment"], measured))
+            if (simulated := run.get("simulated")) is not None:
                 told = [simulated[f"{key}_{p}_ms"] for key in ("ttft", "tpot") for p in _PERCENTS]
-                print(_row(" " * 31, simulated["rate"], simulated["attainment"], told))
-        print(f"\n{'system':18} {'load':12} {'highest':>8} {'good':>7} {'bad':>7} {'simulated':>9}")
-        for result in results:
+                print(_row(_NO_NAME, simulated["rate"], simulated["attainment"], told))
+        print(end="", flush=True)
+
+    def _show_rates(self) -> None:
+        print(f"\n{'system':24} {'load':10} {'highest':>8} {'good':>7} {'bad':>7} {'simulated':>9}")
+        for result in (result for result in self._document["results"] if "runs" in result):
             best = result["best_rate"]
             print(
-                f"{result['system']:18} {result['load'][:12]:12} {best['interpolated'] or math.nan:8.2f} "
+                f"{result['system'][:24]:24} {result['load'][:10]:10} {best['interpolated'] or math.nan:8.2f} "
                 f"{best['rate']:7.2f} {best['too_high']:7.2f} {result['simulated_rate'] or math.nan:9.2f}",
                 flush=True,
             )
-
-
-def _instances(system: System) -> list[dict[str, Any]]:
-    """Return the instances of a system of several GPUs, one GPU each."""
-    roles = [{"unified": "unified", "disaggregated": ""}.get(system.form, "semi_pd")] * system.replicas
-    if system.form == "disaggregated":
-        roles = (["prefill"] * system.num_prefill + ["decode"] * system.num_decode) * system.replicas
-    return [{"instance_id": f"{role}-{n}", "instance_type": role, "gpu_id": n} for n, role in enumerate(roles)]
 
 
 _PERCENTS = ("p50", "p90", "p99")

@@ -236,5 +236,5 @@ def _document(options: OfflineOptions, config: Config, batch: RequestBatch, limi
             "num_prompt_tokens": batch.num_prompt_tokens,
             "num_output_tokens": batch.num_output_tokens,
         },
-        "engine": msgspec.to_builtins(config),
+        "engine": report.without_folders(msgspec.to_builtins(config)),
     }

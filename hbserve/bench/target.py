@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from hbserve import Config, DisaggregatedLLM, SamplingParams
+from hbserve.bench.report import without_folders
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 from hbserve.server_url import server_url
@@ -96,13 +97,34 @@ class EngineTarget:
             if manager.current_sm_allocation != allocation and manager.request_sm_reallocation(allocation):
                 await asyncio.to_thread(manager.wait_until_settled, _SPLIT_TIMEOUT_S)
 
+    async def restart_scheduler(self, config: Config) -> None:
+        """Let the running instances serve under a scheduler of another configuration. No request may be open.
+
+        Args:
+            config: differs from the present one in ``scheduler``, ``chunked_prefill`` and ``performance`` only, and
+                there in nothing that instances read.
+        """
+        llm, launcher = self._llm, self._llm.launcher
+        llm.config = launcher.config = msgspec.structs.replace(
+            llm.config,
+            scheduler=config.scheduler,
+            chunked_prefill=config.chunked_prefill,
+            performance=config.performance,
+        )
+        launcher.forgive_scheduler()
+        launcher.scheduler.orders["config"] = msgspec.to_builtins(llm.config)
+        launcher.scheduler.kill()  # the launcher starts it again, as after a crash
+        async with aclosing(self.generate([1], 1, {})) as arrivals:  # answered when the instances have registered
+            async for _ in arrivals:
+                pass
+
     def _managers(self) -> dict[str, ProcessRotationManager]:
         supervisors = self._llm.supervisors.items()
         return {name: manager for name, manager in supervisors if isinstance(manager, ProcessRotationManager)}
 
     async def describe(self) -> dict[str, Any]:
-        """Return the engine's whole configuration and its statistics."""
-        config: dict[str, Any] = msgspec.to_builtins(self._llm.config)
+        """Return the engine's whole configuration, without folders, and its statistics."""
+        config: dict[str, Any] = without_folders(msgspec.to_builtins(self._llm.config))
         return {"config": config, "stats": await self._llm.client.stats()}
 
 

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import compare, handover, scheduler, scheduler_kills, transfer
+from benchmarks.compared import ComparedSystem, can_share_instances
 from benchmarks.stream_load import StreamLoad
 from hbserve.bench.request_record import RequestTargets
 from hbserve.errors import ConfigError
-from hbserve.simulate.systems import System
 from tests.support.model_zoo import save_model
 from tests.support.paths import ROOT
 
@@ -122,6 +122,7 @@ def comparison(folder: Path, *arguments: str) -> argparse.Namespace:
         (["--system", "slo@80-50"], "the first one is measured for the targets"),
         (["--system", "unified", "--json", "/nowhere/at/all.json"], "there is no folder"),
         (["--system", "unified", "--rates", "1", "--rates", "2,3"], "once for each --trace"),
+        (["--system", "unified,chunk_size"], "'chunk_size' in .* is not KEY=VALUE"),
     ],
 )
 def test_comparisons_that_cannot_be(tmp_path: Path, arguments: list[str], complaint: str) -> None:
@@ -131,7 +132,9 @@ def test_comparisons_that_cannot_be(tmp_path: Path, arguments: list[str], compla
 
 def test_compared_systems_become_configurations(tmp_path: Path) -> None:
     arguments = comparison(tmp_path, "--system", "unified@1536", "--rungs", '{"prefill":[100,60],"decode":[100]}')
-    systems = {text: System.parse(text) for text in ("unified@1536", "semi_pd@60-100", "no_ladder@60-40", "slo@80-100")}
+    systems = {
+        text: ComparedSystem.parse(text) for text in ("unified@1536", "semi_pd@60-100", "no_ladder@60-40", "slo@80-100")
+    }
     both = compare.Comparison(arguments, list(systems.values()))
     targets = RequestTargets(ttft_ms=172.0, tpot_ms=43.0)
     configs = {name: both.config_of(system, targets).freeze() for name, system in systems.items()}
@@ -148,8 +151,16 @@ def test_compared_systems_become_configurations(tmp_path: Path) -> None:
         ("unified*2", ["unified"] * 2),
         ("slo@80-100*2", ["semi_pd"] * 2),
     ):
-        instances = both.config_of(System.parse(name), targets).freeze().gpu_instances
+        instances = both.config_of(ComparedSystem.parse(name), targets).freeze().gpu_instances
         assert [(i.instance_type.value, i.gpu_id) for i in instances] == list(zip(roles, (0, 1), strict=True))
+    plain, first_come = (
+        both.config_of(ComparedSystem.parse(text), None).freeze()
+        for text in ("unified", "unified@2048,scheduling_policy=fcfs,max_num_batched_tokens=2048")
+    )
+    assert (first_come.scheduler.policy, first_come.performance.max_num_batched_tokens) == ("fcfs", 2048)
+    assert can_share_instances(plain, first_come)
+    assert not can_share_instances(first_come, plain)  # its instances are ready for steps of 2048 tokens only
+    assert not can_share_instances(plain, configs["semi_pd@60-100"])
     with pytest.raises(ConfigError, match="the first system has failed"):
         both.config_of(systems["slo@80-100"], None)
 
