@@ -79,6 +79,10 @@ class RequestFailedError(HBServeError):
     """An accepted request that could not be finished; safe to send again."""
 
 
+class UnservedError(RequestFailedError):
+    """A request for which no instance was there for ``rpc.recovery_timeout_s``; send it again when there is one."""
+
+
 class EngineDeadError(HBServeError):
     """The scheduler has died, or an instance that the system needs."""
 

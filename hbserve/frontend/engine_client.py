@@ -78,6 +78,7 @@ def error_of(output: RequestOutput) -> errors.HBServeError:
     kinds: dict[str | None, type[errors.HBServeError]] = {
         "OverloadedError": errors.OverloadedError,
         "EngineDeadError": errors.EngineDeadError,
+        "UnservedError": errors.UnservedError,
     }
     return kinds.get(output.error_kind, errors.RequestFailedError)(output.error or "the request failed")
 

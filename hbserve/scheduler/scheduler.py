@@ -205,7 +205,7 @@ class CpuScheduler:
             text = f"{reason}; {len(self.waiting)} waiting requests fail"
             self._events.note("unserved", "the system", text)
             for sequence in list(self.waiting):
-                self._requests.fail(sequence, reason)
+                self._requests.finish(sequence, "error", reason, "UnservedError")
         self._stats.observe()
 
     async def _schedule_waiting_requests(self) -> None:

@@ -85,7 +85,7 @@ class WorkerRegistry:
         self._by_connection: dict[int, tuple[InstanceHandle, WorkerHandle]] = {}
         self._greetings: dict[WorkerHandle, float] = {}  # when each worker that was just announced gets its next ping
         self._first_hello: Hello | None = None
-        self._last_departure = 0.0
+        self._unserved_since: dict[str, float] = {}  # phase, and since when no instance takes requests for it
         self._supervisors: dict[str, bytes] = {}
         self._configured = {instance.instance_id: instance.instance_type for instance in config.gpu_instances}
         self._given_up: dict[str, str] = {}
@@ -311,7 +311,6 @@ class WorkerRegistry:
         """
         was_member = self._membership.is_member(instance)
         if self._membership.on_gone(instance, for_good):
-            self._last_departure = self._clock.now
             self._transfers.forget(instance)
             self._readiness.announce()
             self._events.note("left", instance.id, instance.why_lost or "it is no instance of the system any more")
@@ -325,13 +324,19 @@ class WorkerRegistry:
             self._close(worker)
 
     def missing_phase(self) -> str | None:
-        """Return, in words, a phase that had no worker for longer than requests wait for one; None: all is well."""
+        """Return, in words, a phase that no instance took for longer than requests wait; None: all is well.
+
+        An instance that is lost takes none, and neither does one that drains. Called at each heartbeat.
+        """
+        now = self._clock.now
         for does in ("prefills", "decodes"):
-            instances = [instance for instance in self._instances.values() if getattr(instance.role, does)]
-            since = [instance.lost_since for instance in instances if instance.lost_since is not None]
-            last = max(since, default=self._last_departure)
-            if len(since) == len(instances) and self._clock.now - last >= self._recovery_timeout_s:
-                return f"no instance that {does} came back: {self._readiness.name_missing()}"
+            able = [instance for instance in self._instances.values() if getattr(instance.role, does)]
+            if any(instance.lost_since is None and not instance.is_draining for instance in able):
+                self._unserved_since.pop(does, None)
+            elif now - self._unserved_since.setdefault(does, now) >= self._recovery_timeout_s:
+                missing = self._readiness.name_missing() if able else "the last one has left, or has another role"
+                waited = f"for {self._recovery_timeout_s:g} s (rpc.recovery_timeout_s)"
+                return f"no instance that {does} was there {waited}: {missing}"
         return None
 
     def on_given_up(self, instance_id: str, reason: str) -> None:

@@ -24,6 +24,7 @@ from hbserve.errors import (
     SchedulerRestartingError,
     ShuttingDownError,
     UnknownInstanceError,
+    UnservedError,
     shortened,
 )
 from hbserve.hints import nearest
@@ -118,6 +119,7 @@ _ANSWERS: dict[type, tuple[int, str, str | None]] = {
     RateLimitedError: (429, "rate_limit_error", "rate_limited"),
     OverloadedError: (503, "overloaded_error", "overloaded"),
     RequestFailedError: (500, "server_error", "request_failed"),
+    UnservedError: (503, "server_error", "no_instance"),
     RequestTimeoutError: (504, "server_error", "request_timeout"),
     ShuttingDownError: (503, "server_error", "shutting_down"),
     SchedulerRestartingError: (503, "server_error", "scheduler_restarting"),

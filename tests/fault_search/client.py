@@ -152,6 +152,8 @@ class Client:
         request.end = output.finish_reason
         world.trace(f"{request.id} ends: {output.finish_reason} {output.error or ''}")
         is_whole = request.tokens == request.expected
+        if output.error_kind == "UnservedError" and world.has_lost_a_phase:
+            return
         if output.finish_reason == "error":
             raise world.fault(f"{request.id} failed: {output.error}")
         if output.finish_reason == "abort" and not request.is_aborted:

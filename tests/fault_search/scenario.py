@@ -21,6 +21,8 @@ BLOCK_BYTES = 64
 HEARTBEAT_TIMEOUT_S = 2.0
 TRANSFER_TIMEOUT_S = 3.0
 TIER_TIMEOUT_S = 0.5
+RECOVERY_TIMEOUT_S = 60.0
+"""Longer than any instance that comes back is away."""
 
 _SLO = SLOConfig(ttft_target_ms=100.0, tpot_target_ms=20.0)
 
@@ -208,7 +210,10 @@ def _config(
         kv_cache=replace(config.kv_cache, timeout_s=TIER_TIMEOUT_S),
         speculation=replace(config.speculation, model="a model" if has_draft_model else None),
         rpc=replace(
-            config.rpc, heartbeat_interval_s=0.25, heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S, recovery_timeout_s=10_000.0
+            config.rpc,
+            heartbeat_interval_s=0.25,
+            heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S,
+            recovery_timeout_s=RECOVERY_TIMEOUT_S,
         ),
     )
 

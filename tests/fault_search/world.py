@@ -304,10 +304,8 @@ class World:
                 roles = [self.launchers[0].role] if self.scenario.mode == "unified" else [*_ROLES]
                 self.launchers.append(Joiner(self, len(self._joiners), roles[number % len(roles)]))
             case "leave" if self._joiners:
-                joiner = self._joiners[number % len(self._joiners)]
-                if self._others_stay(joiner):
-                    for worker in joiner.workers:
-                        worker.wants_to_leave = True
+                for worker in self._joiners[number % len(self._joiners)].workers:
+                    worker.wants_to_leave = True
             case "remove":
                 name = self.launchers[number % len(self.launchers)].instance_id
                 self._to_be_removed.add(name)
@@ -330,15 +328,16 @@ class World:
     def _joiners(self) -> list[Joiner]:
         return [launcher for launcher in self.launchers if isinstance(launcher, Joiner)]
 
-    def _others_stay(self, joiner: Joiner) -> bool:
-        """Whether another instance does its phase: the scheduler lets the last one go, and no request ends then."""
-        return any(
-            launcher.role is joiner.role
-            and not (launcher.has_left or launcher.instance_id in self._to_be_removed)
-            and not any(worker.wants_to_leave for worker in launcher.workers)
+    @property
+    def has_lost_a_phase(self) -> bool:
+        """Whether no instance is left for one of the phases, because the last one was told to leave."""
+        known = self.scheduler.core.instances
+        roles = [
+            known[launcher.instance_id].role if launcher.instance_id in known else launcher.role
             for launcher in self.launchers
-            if launcher is not joiner
-        )
+            if not launcher.has_left and not any(worker.wants_to_leave for worker in launcher.workers)
+        ]
+        return not (any(role.prefills for role in roles) and any(role.decodes for role in roles))
 
     def _stop(self, process: Process, lasts_s: float) -> None:
         self.trace(f"stop {process.name}")

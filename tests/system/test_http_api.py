@@ -456,7 +456,11 @@ async def test_bodies_that_are_not_requests(http: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("kind", "status", "code"),
-    [("OverloadedError", 503, "overloaded"), ("RequestFailedError", 500, "request_failed")],
+    [
+        ("OverloadedError", 503, "overloaded"),
+        ("RequestFailedError", 500, "request_failed"),
+        ("UnservedError", 503, "no_instance"),
+    ],
 )
 async def test_failures_before_the_first_token(
     http: httpx.AsyncClient, scheduler: ScriptedScheduler, stream: bool, kind: str, status: int, code: str
