@@ -116,10 +116,16 @@ class Outbox(msgspec.Struct):
 
 
 class OutboxWriter:
-    """The outbox of the step under way: every part of the core sends through it."""
+    """The outbox of the step under way: every part of the core sends through it.
+
+    A client gets the outputs of a step in two batches: those of requests that had no token before come ahead. It takes
+    some milliseconds to bring the text of a hundred streams to their readers. A first token would come last, because
+    prompts are the last rows of a step.
+    """
 
     def __init__(self) -> None:
         self._outbox = Outbox()
+        self._first_outputs: dict[bytes, list[RequestOutput]] = {}
         self._outputs: dict[bytes, list[RequestOutput]] = {}
         self._num_connections = 0
 
@@ -141,11 +147,12 @@ class OutboxWriter:
         """Send to a client."""
         self._outbox.to_clients.append((client, reply))
 
-    def push(self, client: bytes, output: RequestOutput) -> None:
-        """Add to the batch that the client gets at the end of the step."""
-        outputs = self._outputs.get(client)
+    def push(self, client: bytes, output: RequestOutput, is_first: bool = False) -> None:
+        """Add to a batch that the client gets at the end of the step; ``is_first``: the request had no token before."""
+        batches = self._first_outputs if is_first else self._outputs
+        outputs = batches.get(client)
         if outputs is None:
-            self._outputs[client] = [output]
+            batches[client] = [output]
         else:
             outputs.append(output)
 
@@ -164,9 +171,9 @@ class OutboxWriter:
     def take(self, call_at: float) -> Outbox:
         """Return the outbox of this step, and begin that of the next."""
         outbox, self._outbox = self._outbox, Outbox()
-        for client, outputs in self._outputs.items():
-            outbox.to_clients.append((client, OutputBatch(outputs=outputs)))
-        self._outputs = {}
+        for batches in (self._first_outputs, self._outputs):
+            outbox.to_clients += [(client, OutputBatch(outputs=outputs)) for client, outputs in batches.items()]
+        self._first_outputs, self._outputs = {}, {}
         outbox.call_at = call_at
         return outbox
 

@@ -406,7 +406,7 @@ class RequestLifecycle:
         if new:
             sequence.num_scored += len(new)
             output = RequestOutput(request_id=sequence.id, token_ids=[], prompt_logprobs=new)
-            self._outbox.push(sequence.client, output)
+            self._outbox.push(sequence.client, output, sequence.first_token_time is None)
 
     def _on_token(
         self,
@@ -441,7 +441,7 @@ class RequestLifecycle:
         )
         if predicted is not None:
             output = msgspec.structs.replace(output, num_accepted=predicted[0], num_rejected=predicted[1])
-        self._outbox.push(sequence.client, output)
+        self._outbox.push(sequence.client, output, is_first)
         if finish_reason is not None:
             self._close(sequence, "completed", finish_reason)
         elif allocation is sequence.prefill_allocation and allocation is not sequence.decode_allocation:

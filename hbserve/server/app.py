@@ -11,7 +11,7 @@ thread, except where another process is named:
 5. `generation.Generation.respond` opens the request with ``TextEngine.open`` (`frontend/text_engine.py`), which makes
    one ``AddRequest`` per sample. `frontend/engine_client.py` sends them to the scheduler over ZeroMQ.
 6. The process ``hbserve-scheduler`` validates them (`scheduler/clients.py`), and plans steps until they are finished.
-   It sends the new tokens of each step back in one ``OutputBatch``.
+   It sends the new tokens of each step back in an ``OutputBatch``, first tokens in one ahead of it.
 7. `frontend/engine_client.py` receives the batch. `frontend/text_engine.py` passes the tokens to the process
    ``hbserve-detokenizer``, gets their text back, and puts both into a `TextStream`.
 8. `generation.Generation` reads the stream, ``ChatCompletion`` writes chunks, and `connection.EventStream` sends them;

@@ -10,6 +10,7 @@ import pytest
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.config import InstanceRole
 from hbserve.messages.admin import InstanceChanged, RemoveInstance, SetRole
+from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.client import AddRequest, Attach, OutputBatch, Ready, SubscribeReady
 from hbserve.messages.worker import InstanceCommand, Ping, Pong, StepPlan, StepResult
 from hbserve.scheduler.core_io import ClientGone, ConnectionBroke, FromClient, FromWorker, Outbox, Start
@@ -64,6 +65,37 @@ def test_a_request_from_its_arrival_to_its_end() -> None:
     assert batch.outputs[0].finish_reason == "length"
     assert [(request.request_id, request.outcome) for request in outbox.ended] == [("a", "completed")]
     assert scheduler.counts["completed"] == 1
+
+
+def test_a_first_token_does_not_wait_behind_the_tokens_of_streams() -> None:
+    """A client brings outputs to their readers in the order in which they come, and prompts are the last rows."""
+    scheduler = make_scheduler()
+    stream = msgspec.structs.replace(REQUEST, sampling=SamplingParams(temperature=0, max_tokens=9))
+    outbox = scheduler.step(50.0, [FromWorker(1, HELLO), FromClient(b"c", stream)])
+    planned = [command for command in commands(outbox) if isinstance(command, StepPlan)]
+    scored = SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=0)
+    comes = FromClient(b"c", msgspec.structs.replace(REQUEST, request_id="b", sampling=scored))
+    batches: list[list[tuple[str, list[int]]]] = []
+    for number in range(4):
+        plan = planned.pop(0)
+        scores = [[TokenLogprobs(token=-1.0, top_ids=[], top=[])] * len(row.next_token_ids or ()) for row in plan.rows]
+        result = StepResult(
+            epoch=1,
+            step_id=plan.step_id,
+            token_ids=[number] * len(plan.rows),
+            logprobs=None,
+            busy_s=0.001,
+            prompt_logprobs=[entries for entries in scores if entries] or None,
+        )
+        outbox = scheduler.step(50.1 + number, [FromWorker(1, result), *([comes] if not number else ())])
+        planned += [command for command in commands(outbox) if isinstance(command, StepPlan)]
+        batches += [
+            [(output.request_id, output.token_ids) for output in batch.outputs]
+            for _, batch in outbox.to_clients
+            if isinstance(batch, OutputBatch)
+        ]
+    # the first output of b has what it asks for of its prompt
+    assert batches == [[("a", [0])], [("a", [1])], [("b", []), ("b", [2])], [("a", [2])], [("a", [3]), ("b", [3])]]
 
 
 @pytest.mark.parametrize(
