@@ -19,6 +19,7 @@ _EXPERIMENTS = {
     "auto": "mode auto on a simulated GPU beside hand-tuned workers, static splits and the bound",
     "attainment": "requests within targets by rate, simulated and measured, as a picture",
     "compare": "the highest rates of several systems, beside the simulator's",
+    "first_token": "where a request's time to its first token goes, hop by hop",
     "best_effort": "best-effort requests beside others: what they cost these, and what they get",
     "agreement": "how far the simulator is from runs that were measured",
     "replan": "gaps of streams while roles change, and what learning a profile delays",
