@@ -30,6 +30,9 @@ _DUMMY_STD, _DUMMY_FP8_STD = 0.02, 32.0
 _DUMMY_PERIOD_ELEMENTS = 1_048_583
 """Period of the repeated noise: a prime, so no two rows of a matrix are equal."""
 
+_DUMMY_STRIDE_ELEMENTS = 648_061
+"""Elements of the period between the begins of two parameters, so no two layers are equal."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -135,16 +138,18 @@ def fill_dummy_weights(spec: ModelSpec, table: WeightTable, arena: Tensor, seed:
     noise = torch.empty(_DUMMY_PERIOD_ELEMENTS, device=arena.device).normal_(0, _DUMMY_STD, generator=generator)
     dtype = views["lm_head"].dtype
     noise = noise.to(dtype)
+    fp8_noise = noise.float().mul(_DUMMY_FP8_STD / _DUMMY_STD).to(FP8)
     _repeat(arena[: table.num_bytes].view(dtype), noise)
     shares = None if spec.experts is None or expert_skew == 0 else expert_shares(spec.experts, expert_skew)
     order = torch.Generator().manual_seed(seed)
-    for name, view in views.items():
+    for number, (name, view) in enumerate(views.items()):
+        start = number * _DUMMY_STRIDE_ELEMENTS % _DUMMY_PERIOD_ELEMENTS  # the same on all ranks
         if name.endswith("norm"):
             _fill_norm(view, spec)
         elif name.endswith("router_bias") or view.dtype == torch.int64:
             view.zero_()
         elif name.endswith("router"):
-            _repeat(view.flatten(), noise.to(view.dtype))
+            _repeat(view.flatten(), noise.to(view.dtype), start)
             if shares is not None:
                 skew_router(view, shares, order)
         elif name.endswith(("input_scale", "kv_scales")):
@@ -152,7 +157,7 @@ def fill_dummy_weights(spec: ModelSpec, table: WeightTable, arena: Tensor, seed:
         elif name.endswith("scale"):
             view.fill_(_DUMMY_STD / _DUMMY_FP8_STD)
         elif view.dtype == FP8:
-            _repeat(view.flatten(), noise.float().mul(_DUMMY_FP8_STD / _DUMMY_STD).to(FP8))
+            _repeat(view.flatten(), fp8_noise, start)
 
 
 def _fill_norm(parameters: Tensor, spec: ModelSpec) -> None:
@@ -162,8 +167,11 @@ def _fill_norm(parameters: Tensor, spec: ModelSpec) -> None:
         parameters.chunk(2)[1].zero_()
 
 
-def _repeat(target: Tensor, period: Tensor) -> None:
-    """Fill a vector with repeats of a shorter one."""
+def _repeat(target: Tensor, period: Tensor, start: int = 0) -> None:
+    """Fill a vector with repeats of another one, from its element ``start`` on."""
+    num_first = min(target.numel(), period.numel() - start)
+    target[:num_first].copy_(period[start : start + num_first])
+    target = target[num_first:]
     num_whole = target.numel() // period.numel() * period.numel()
     whole = target[:num_whole].view(-1, period.numel())
     whole.copy_(period.expand_as(whole))

@@ -149,6 +149,7 @@ def test_dummy_weights_are_alike_in_fp8(tmp_path: Path) -> None:
     fill_dummy_weights(spec, table, arena, 0)
     decoder = Decoder(spec, table.views(arena))
     assert dequantised(decoder.layers[0].qkv).std().item() == pytest.approx(0.02, rel=0.1)
+    assert not torch.equal(dequantised(decoder.layers[0].qkv), dequantised(decoder.layers[1].qkv))
     assert decoder.embedding.float().std().item() == pytest.approx(0.02, rel=0.1)
     plain = WeightTable.build(ModelSpec.load(tmp_path), torch.bfloat16)
     last = decoder.layers[-1].mlp
