@@ -23,6 +23,7 @@ from hbserve.sampling_params import SamplingParams
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MODELOPT_FILE = "hf_quant_config.json"
 
 MAX_JSON_BYTES = 128 << 20
 """The largest tokenizer.json known has 35 MB."""
@@ -116,12 +117,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json, and check the sizes in it. Of a model with images it is the text part's.
 
+    NVIDIA's Model Optimizer may have written the format of the weights to a file of its own.
+
     Raises:
         ModelError: naming file and key.
     """
     path = folder / "config.json"
     document = text_document(read_json(path))
     check_sizes(document, path)
+    if not document.get("quantization_config") and is_there(folder / MODELOPT_FILE):
+        quantization = read_json(folder / MODELOPT_FILE).get("quantization")
+        if isinstance(quantization, dict) and quantization.get("quant_algo") is not None:
+            document["quantization_config"] = {"quant_method": "modelopt", **quantization}
     return document
 
 

@@ -1,11 +1,13 @@
 """The formats of weights and of KV. A checkpoint's ``quantization_config`` says in which one its matrices are.
 
-Supported are FP8 weights (e4m3, Micikevicius et al. 2022) in the two layouts that published checkpoints have:
+Supported are FP8 weights (e4m3, Micikevicius et al. 2022) in the layouts that published checkpoints have:
 
 | ``quant_method`` | scales of weights | activations |
 |---|---|---|
 | ``fp8`` | blocks of 128 x 128 (``weight_scale_inv``), per tensor (``weight_scale``) | dynamic, static |
 | ``compressed-tensors`` | blocks of 128 x 128, per channel, per tensor (``weight_scale``) | dynamic, static |
+| ``modelopt`` | per tensor, per channel (``weight_scale``) | static; dynamic where per channel |
+| ``fbgemm_fp8`` | per channel (``weight_scale``) | dynamic |
 
 Everything else is refused by its name. Nothing here needs torch.
 """
@@ -13,18 +15,21 @@ Everything else is refused by its name. Nothing here needs torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hbserve.errors import ModelError
+from hbserve.model_families.with_images import stored_names, text_name
 from hbserve.model_files import shown
 
 BLOCK_SIZE = 128
 """Rows and columns of a block with one scale, and inputs of a token that share one scale there."""
 
 _SUPPORTED = (
-    "supported are unquantised weights, FP8 of quant_method fp8 (per tensor, or blocks of 128 x 128), and FP8 of "
-    "compressed-tensors (per tensor, per channel, or blocks of 128 x 128)"
+    "supported are unquantised weights, and FP8 of quant_method fp8 (per tensor, or blocks of 128 x 128), "
+    "compressed-tensors (per tensor, per channel, or blocks of 128 x 128), modelopt (per tensor, per channel) and "
+    "fbgemm_fp8"
 )
 _MAX_PATTERN_LENGTH, _MAX_REPEATS, _MAX_NAMES = 200, 4, 100_000
 
@@ -62,11 +67,17 @@ def _is_among(names: tuple[str, ...], module: str) -> bool:
     """Return whether a module is named: by its name, its beginning or end at a dot, or a pattern after ``re:``."""
     path = f".{module}."
     return any(
-        re.match(name[3:], module)
+        _matches(name[3:], module)
         if name.startswith("re:")
         else path.startswith(f".{name}.") or path.endswith(f".{name}.")
         for name in names
     )
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Return whether a pattern matches a module, which has another name in the checkpoint of a model with images."""
+    names = stored_names(module) if "language" in pattern else (module,)
+    return any(re.match(pattern, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,9 @@ class Fp8KV:
 
     scale_names: tuple[str, str] | None = None
 
+
+OTHER_SCALE_NAMES = ((".weight_scale_inv", ".weight_scale"), (".activation_scale", ".input_scale"))
+"""Names that transformers gives the scales of whole matrices and of their inputs, and those that are used here."""
 
 KV_SCALE_NAMES = (
     ("self_attn.k_scale", "self_attn.v_scale"),
@@ -115,11 +129,17 @@ def read_weight_format(document: dict[str, Any]) -> Fp8Format | None:
         return _read_fp8(config)
     if method == "compressed-tensors":
         return _read_compressed_tensors(config)
+    if method == "modelopt":
+        return _read_modelopt(config)
+    if method == "fbgemm_fp8":
+        # Its activation_scale_ub clips large inputs for the sake of small ones. Here none are clipped: FP8 is as exact
+        # for small numbers as for large ones.
+        return Fp8Format("channel", plain_modules=_plain_modules(config, "modules_to_not_convert"))
     raise ModelError(f"the checkpoint is quantised by quant_method {shown(method)}; {_SUPPORTED}")
 
 
 def _read_fp8(config: dict[str, Any]) -> Fp8Format:
-    _expect(config, "fp8", "fmt", "e4m3", None)
+    _expect(config, "fp8", "fmt", "e4m3", "float8_e4m3fn", None)
     _expect(config, "fp8", "scale_fmt", "float", None)
     _expect(config, "fp8", "activation_scheme", "dynamic", "static", None)
     block = config.get("weight_block_size")
@@ -139,6 +159,8 @@ def _read_compressed_tensors(config: dict[str, Any]) -> Fp8Format:
     sparsity = config.get("sparsity_config") or {}
     if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
         raise ModelError(f"{method}: sparse weights (sparsity_config) are not supported; {_SUPPORTED}")
+    if config.get("transform_config"):
+        raise ModelError(f"{method}: transforms of weights (transform_config) are not supported; {_SUPPORTED}")
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise ModelError(f"{method}: config_groups must be an object with one group, got {shown(groups)}; {_SUPPORTED}")
@@ -146,6 +168,9 @@ def _read_compressed_tensors(config: dict[str, Any]) -> Fp8Format:
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise ModelError(f"{method}: a group without weights is not supported; {_SUPPORTED}")
     targets = _modules(group, "targets")
+    classes = [name for name in targets if name[:1].isupper() and name != "Linear"]
+    if classes:
+        raise ModelError(f"{method}: the class {classes[0]} in targets is not supported; {_SUPPORTED}")
     weights, inputs = group["weights"], group.get("input_activations")
     if not isinstance(inputs, dict):
         raise ModelError(f"{method}: weights without quantised activations (W8A16) are not supported; {_SUPPORTED}")
@@ -171,6 +196,16 @@ def _read_compressed_tensors(config: dict[str, Any]) -> Fp8Format:
     )
 
 
+def _read_modelopt(config: dict[str, Any]) -> Fp8Format:
+    """Read what NVIDIA's Model Optimizer writes: to config.json, or to a file of its own (`read_config` finds it)."""
+    _expect(config, "modelopt", "quant_algo", "FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+    is_per_channel = config["quant_algo"] != "FP8"
+    names = _plain_modules(config, "ignore") + _plain_modules(config, "exclude_modules")
+    plain = tuple(f"re:{'.*'.join(map(re.escape, name.split('*')))}$" if "*" in name else name for name in names)
+    _check_patterns(plain, "ignore")
+    return Fp8Format("channel" if is_per_channel else "tensor", not is_per_channel, plain_modules=plain)
+
+
 def _expect(config: dict[str, Any], method: str, key: str, *supported: Any) -> None:
     value = config.get(key)
     if not any(type(value) is type(choice) and value == choice for choice in supported):
@@ -188,10 +223,14 @@ def _modules(config: dict[str, Any], key: str) -> tuple[str, ...]:
     names = config.get(key) or []
     if not isinstance(names, list) or len(names) > _MAX_NAMES or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{key} must be a list of names, got {shown(names)}")
+    _check_patterns(names, key)
+    return tuple(name if name.startswith("re:") else text_name(name) for name in names)
+
+
+def _check_patterns(names: Iterable[str], key: str) -> None:
     for name in names:
         if name.startswith("re:") and not _is_quick(name[3:]):
             raise ModelError(f"{key}: the pattern {shown(name)} is invalid, or may take too long to match")
-    return tuple(names)
 
 
 def _is_quick(pattern: str) -> bool:

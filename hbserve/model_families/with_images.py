@@ -53,8 +53,14 @@ def text_tensors(names: list[str]) -> dict[str, str]:
     """
     if not any(name.startswith((_TEXT, _NEW_TEXT, "visual.")) for name in names):
         return {name: name for name in names}
-    return {
-        name: f"model.{name.removeprefix(_NEW_TEXT)}" if name.startswith(_NEW_TEXT) else name.removeprefix(_TEXT)
-        for name in names
-        if not name.removeprefix("model.").startswith(_ENCODERS)
-    }
+    return {name: text_name(name) for name in names if not name.removeprefix("model.").startswith(_ENCODERS)}
+
+
+def text_name(name: str) -> str:
+    """Return the name that the text model's own class gives a tensor or module of a checkpoint."""
+    return f"model.{name.removeprefix(_NEW_TEXT)}" if name.startswith(_NEW_TEXT) else name.removeprefix(_TEXT)
+
+
+def stored_names(name: str) -> tuple[str, ...]:
+    """Return the names that a module of the text part may have in a checkpoint; `text_name` turns them back."""
+    return name, f"{_TEXT}{name}", f"{_NEW_TEXT}{name.removeprefix('model.')}"

@@ -24,7 +24,7 @@ from hbserve.models.checkpoint_part import CheckpointPart
 from hbserve.models.expert_shares import expert_shares, skew_router
 from hbserve.models.weight_reader import Read, read_all
 from hbserve.models.weights import WeightTable, checkpoint_parts
-from hbserve.weight_format import KV_SCALE_NAMES
+from hbserve.weight_format import KV_SCALE_NAMES, OTHER_SCALE_NAMES
 
 _DUMMY_STD, _DUMMY_FP8_STD = 0.02, 32.0
 _DUMMY_PERIOD_ELEMENTS = 1_048_583
@@ -220,8 +220,15 @@ def _check_finite(read: Read) -> None:
 
 
 def _renamed(spec: ModelSpec, tensors: dict[str, TensorEntry]) -> dict[str, str]:
-    """Name the tensor that another one stands for: a tied model may have been saved with its LM head only."""
-    return {LM_HEAD: EMBEDDING} if spec.tied_embeddings and EMBEDDING not in tensors else {}
+    """Name the tensor that another one stands for.
+
+    A tied model may have been saved with its LM head only, and scales of whole matrices have two names.
+    """
+    renamed = {LM_HEAD: EMBEDDING} if spec.tied_embeddings and EMBEDDING not in tensors else {}
+    if spec.weight_format is not None and spec.weight_format.granularity == "tensor":
+        for other, own in OTHER_SCALE_NAMES:
+            renamed |= {name: name.removesuffix(other) + own for name in tensors if name.endswith(other)}
+    return renamed
 
 
 def _is_harmless(name: str, spec: ModelSpec) -> bool:
@@ -230,7 +237,7 @@ def _is_harmless(name: str, spec: ModelSpec) -> bool:
     Such are old rotary frequencies, a copy of a tied LM head, a layer that drafts tokens, scales of KV if it is not in
     FP8, and scales of the inputs of experts, which are not quantised.
     """
-    if spec.experts is not None and ".experts." in name and name.endswith(".input_scale"):
+    if spec.experts is not None and ".experts." in name and name.endswith((".input_scale", ".activation_scale")):
         return spec.weight_format is not None and spec.weight_format.is_static
     if spec.kv_format is None and any(name.endswith(pair) for pair in KV_SCALE_NAMES):
         return True

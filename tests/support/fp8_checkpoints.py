@@ -41,6 +41,11 @@ FORMATS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "fp8_block": ("block", False, {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}),
     "fp8_tensor": ("tensor", False, {"quant_method": "fp8", "activation_scheme": "dynamic"}),
     "fp8_static": ("tensor", True, {"quant_method": "fp8", "activation_scheme": "static"}),
+    "hf_static": (
+        "tensor",
+        True,
+        {"quant_method": "fp8", "activation_scheme": "static", "dequantize": False, "weight_block_size": None},
+    ),
     "ct_channel": ("channel", False, compressed_tensors("channel", False)),
     "ct_tensor_static": ("tensor", True, compressed_tensors("tensor", True)),
     "ct_block": ("block", False, compressed_tensors("block", False)),
@@ -68,12 +73,12 @@ def make_fp8(folder: Path, model: PreTrainedModel, name: str, plain: tuple[str, 
         assert isinstance(module, torch.nn.Linear)
         values, scales = quantise_weight(module.weight.data, granularity)
         weights[f"{module_name}.weight"] = values
-        suffix = "weight_scale_inv" if name == "fp8_block" else "weight_scale"
+        suffix = "weight_scale_inv" if name in ("fp8_block", "hf_static") else "weight_scale"
         weights[f"{module_name}.{suffix}"] = scales
         module.weight.data = values.float() * spread(scales, values.shape)
         if is_static:
             static = torch.tensor([0.5])
-            weights[f"{module_name}.input_scale"] = static
+            weights[f"{module_name}.{'activation' if name == 'hf_static' else 'input'}_scale"] = static
         else:
             static = None
         group = 128 if granularity == "block" else module.in_features
