@@ -3,7 +3,8 @@
     library   one process puts values with Mooncake's own calls, another one gets them, all values of a job in one call
     tier      the same blocks by the lanes of the store tier: gathered, sealed and put; got, checked and scattered
 
-Both take turns in the same two processes and with the same store, which ``hbserve store`` runs. Rates are medians.
+Both take turns in the same two processes and with the same store, which ``hbserve store`` runs. Rates are medians, and
+so is the share of the library's rate.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from typing import Any
 from hbserve.bench.arguments import positive
 
 _TIMEOUT_S = 120.0
+_WHAT = ("library put", "tier put", "library get", "tier get")
+_Rates = dict[str, list[float]]
 _DEMO = Path(__file__).parent.parent / "examples" / "models" / "hbserve-demo"
 
 
@@ -35,42 +38,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--block-bytes", type=positive, default=2359296, help="of a block (default: Qwen3-8B, bf16)")
     parser.add_argument("--blocks", type=positive, nargs="+", default=[7, 28, 56], help="of a job (default: 7 28 56)")
-    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--json", type=Path)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and write the JSON file."""
     most = max(arguments.blocks)
-    rows = []
+    rates: dict[int, _Rates] = {count: {what: [] for what in _WHAT} for count in arguments.blocks}
     with running_store(4 * most * arguments.block_bytes) as store:
         instances = [_Instance(store.master, arguments.block_bytes, most) for _ in range(2)]
         try:
-            for count in arguments.blocks:
-                rows.append(_measure(instances, count, arguments.block_bytes, arguments.repeats))
+            for repeat in range(arguments.repeats + 1):
+                for count in arguments.blocks:
+                    found = _measure(instances, count, repeat)
+                    if repeat:  # the first one warms up
+                        for what, seconds in found.items():
+                            rates[count][what].append(count * arguments.block_bytes / seconds / 1e9)
         finally:
             for instance in instances:
                 instance.end()
+    rows = [_row(count, found) for count, found in rates.items()]
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"block_bytes": arguments.block_bytes, "rows": rows}, indent=1) + "\n")
 
 
-def _measure(instances: list[_Instance], count: int, block_bytes: int, repeats: int) -> dict[str, Any]:
+def _measure(instances: list[_Instance], count: int, repeat: int) -> dict[str, float]:
+    """Return the seconds of each job. The order changes with each repeat, as what comes first may be slower."""
     writer, reader = instances
-    rates: dict[str, list[float]] = {name: [] for name in ("library put", "tier put", "library get", "tier get")}
-    for repeat in range(repeats + 1):
-        for name in ("library", "tier"):
-            seed = f"{count}-{repeat}"
-            for instance, what in ((writer, "put"), (reader, "get")):
-                seconds = instance.ask(f"{name} {what}", seed, count)
-                if repeat:  # the first one warms up
-                    rates[f"{name} {what}"].append(count * block_bytes / seconds / 1e9)
-            writer.ask(f"{name} remove", seed, count)
+    found: dict[str, float] = {}
+    for name in ("library", "tier") if repeat % 2 else ("tier", "library"):
+        seed = f"{count}-{repeat}"
+        found[f"{name} put"] = writer.ask(f"{name} put", seed, count)
+        found[f"{name} get"] = reader.ask(f"{name} get", seed, count)
+        writer.ask(f"{name} remove", seed, count)
+    return found
+
+
+def _row(count: int, rates: _Rates) -> dict[str, Any]:
+    """Print and return medians; the share is the median of the repeats, whose two jobs ran one after the other."""
     row: dict[str, Any] = {"blocks": count, "rates": rates}
     for what in ("put", "get"):
-        tier, library = (statistics.median(rates[f"{name} {what}"]) for name in ("tier", "library"))
-        row[what] = {"tier": tier, "library": library}
-        text = f"{what}: {tier:.2f} GB/s by the tier, {library:.2f} by the library, {tier / library:.0%}"
+        pairs = list(zip(rates[f"tier {what}"], rates[f"library {what}"], strict=True))
+        tier, library = (statistics.median(side) for side in zip(*pairs, strict=True))
+        share = statistics.median(one / other for one, other in pairs)
+        row[what] = {"tier": tier, "library": library, "share": share}
+        text = f"{what}: {tier:.2f} GB/s by the tier, {library:.2f} by the library, {share:.0%}"
         print(f"{count:>5} blocks, {text}", flush=True)
     return row
 

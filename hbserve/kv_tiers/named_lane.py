@@ -1,7 +1,7 @@
 """The lane of a tier that keeps blocks by name: blocks pass through values in the host's memory, in two halves.
 
 While the tier puts or gets the values of one half, in a second thread, the lane gathers, seals, checks or scatters
-those of the other::
+those of the other. Nothing is put during the first of these, and nothing is got during the last, so these are short::
 
     put   gather, seal 0 │ gather, seal 1 │ gather, seal 0 │
                          │     put 0      │     put 1      │ put 0
@@ -30,7 +30,9 @@ from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
 _HALF_BYTES = 64 << 20
 """Bytes of one call of the tier: a store has much to do for each call."""
 _MIN_SPLIT_BYTES = 16 << 20
-"""Bytes of a job that is put in more than one call."""
+"""Bytes of a job that takes more than one call."""
+_SHORT = 4
+"""How many times longer the other calls of a job may be than the one that nothing else is done beside."""
 
 
 class _Caller:
@@ -100,16 +102,23 @@ class NamedLane(Lane):
             checksums = steps(job, index, failures)
         return self._result(job.command, checksums, failures, began)
 
+    def _parts(self, num_blocks: int) -> list[int]:
+        """Divide a job into calls: blocks of each, the short one first."""
+        half = len(self._values[0])
+        if num_blocks <= half and num_blocks * self._block_bytes < _MIN_SPLIT_BYTES:
+            return [num_blocks]
+        short = max(1, min(num_blocks, half) // _SHORT)
+        rest = num_blocks - short
+        number = -(-rest // half)
+        return [short, *(rest * (place + 1) // number - rest * place // number for place in range(number))]
+
     def _store(self, job: CopyJob, index: torch.Tensor, failures: dict[int, str]) -> list[int]:
         checksums: list[int] = []
-        size = len(self._values[0])
-        if len(index) * self._block_bytes > _MIN_SPLIT_BYTES:
-            size = min(size, -(-len(index) // 2))  # so that there is something to gather during the first call
-        for number, first in enumerate(range(0, len(index), size)):
-            blocks = index[first : first + size]
-            values = self._values[number % 2][: len(blocks)]
-            found = self._move(job, blocks, values)
-            names = self._names(job.command, first, len(blocks))
+        for number, size in enumerate(self._parts(len(index))):
+            first = len(checksums)
+            values = self._values[number % 2][:size]
+            found = self._move(job, index[first : first + size], values)
+            names = self._names(job.command, first, size)
             names = [replace(name, checksum=checksum) for name, checksum in zip(names, found, strict=True)]
             sealed.seal(values, names)
             checksums += found
@@ -119,19 +128,20 @@ class NamedLane(Lane):
         return checksums
 
     def _load(self, job: CopyJob, index: torch.Tensor, failures: dict[int, str]) -> list[int]:
-        command, half, checksums = job.command, len(self._values[0]), list[int]()
+        command, checksums = job.command, list[int]()
         assert isinstance(command, LoadBlocks)
         wrong: list[BlockName] = []
-        self._get(job, 0, len(index))
-        for first in range(0, len(index), half):
-            blocks = index[first : first + half]
+        parts = self._parts(len(index))[::-1]
+        self._get(job, 0, self._values[0][: parts[0]])
+        for number, size in enumerate(parts):
+            first, end = len(checksums), len(checksums) + size
             absent = self._caller.finish()
             failures |= absent
-            if not absent:
-                self._get(job, first + half, len(index))
-            values, names = self._values[first // half % 2][: len(blocks)], self._names(command, first, len(blocks))
+            if end < len(index) and not absent:
+                self._get(job, end, self._values[(number + 1) % 2][: parts[number + 1]])
+            values, names = self._values[number % 2][:size], self._names(command, first, size)
             own = sealed.checksums(values, names)
-            found = self._move(job, blocks, values, to_arena=True)
+            found = self._move(job, index[first:end], values, to_arena=True)
             checksums += found
             for place, name in enumerate(names):
                 known = command.checksums[first + place]
@@ -140,19 +150,16 @@ class NamedLane(Lane):
                     failures[first + place] = "checksum"
                     wrong.append(name)
             if absent:  # the blocks behind it are of no use: do not wait for them
-                failures |= dict.fromkeys(range(first + half, len(index)), absent[min(absent)])
+                failures |= dict.fromkeys(range(end, len(index)), absent[min(absent)])
                 break
         if wrong:
             self._tier.remove(wrong)
         return checksums
 
-    def _get(self, job: CopyJob, first: int, end: int) -> None:
-        """Begin to get the values from ``first`` on, unless the job ends before."""
-        half = len(self._values[0])
-        if first < end:
-            values = self._values[first // half % 2][: end - first]
-            values[:, self._block_bytes :].zero_()  # so that what is not read has no seal
-            self._call(self._tier.get, first, self._names(job.command, first, len(values)), values)
+    def _get(self, job: CopyJob, first: int, values: torch.Tensor) -> None:
+        """Begin to get the values from ``first`` on."""
+        values[:, self._block_bytes :].zero_()  # so that what is not read has no seal
+        self._call(self._tier.get, first, self._names(job.command, first, len(values)), values)
 
     def _call(
         self,
