@@ -21,7 +21,14 @@ from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
 from hbserve.model_families.declaration import ACTIVATIONS_BY_NAME, Activation, Experts, Family, LayerNorms, Scales
 from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, reason_of, shown
 from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
-from hbserve.weight_format import KV_SCALE_NAMES, Fp8Format, Fp8KV, on_load, read_weight_format
+from hbserve.weight_format import (
+    KV_SCALE_NAMES,
+    Fp8Format,
+    Fp8KV,
+    has_mxfp4_experts,
+    on_load,
+    read_weight_format,
+)
 
 _Value = TypeVar("_Value")
 
@@ -74,6 +81,7 @@ class ModelSpec:
         dtype: dtype of the checkpoint.
         experts: the mixture of experts of some or all layers; None: all layers are dense.
         weight_format: format of the matrices in the arena; None: all are in the serving dtype.
+        has_mxfp4_experts: the checkpoint has the experts in MXFP4; the arena has them in the serving dtype.
         kv_format: format of KV; None: it is in the serving dtype.
     """
 
@@ -99,6 +107,7 @@ class ModelSpec:
     has_qk_norm: bool = True
     activation: Activation = "silu"
     weight_format: Fp8Format | None = None
+    has_mxfp4_experts: bool = False
     kv_format: Fp8KV | None = None
 
     @property
@@ -158,7 +167,9 @@ class ModelSpec:
         try:
             # These checks come first: transformers' message for an unknown model does not say what is supported.
             model_type, family = _family(document)
-            weight_format = read_weight_format(document)
+            weight_format, is_mxfp4 = read_weight_format(document), has_mxfp4_experts(document)
+            if is_mxfp4 and not family.has_expert_biases:
+                raise ModelError(f"quant_method mxfp4 is not supported for {family.architecture}")
             given = {key: document[key] for key in {*_CONFIG_KEYS, *family.config_keys} if key in document}
             check_rope_numbers(given)
             if model_type not in CONFIG_MAPPING:
@@ -174,7 +185,10 @@ class ModelSpec:
                 # experts are not quantised, so their errors are smaller.
                 weight_format = on_load(*([] if spec.experts else [f"model.layers.{spec.num_layers - 1}.{family.mlp}"]))
             return replace(
-                spec, weight_format=weight_format, kv_format=_kv_format(folder) if kv_dtype == "fp8" else None
+                spec,
+                weight_format=weight_format,
+                has_mxfp4_experts=is_mxfp4,
+                kv_format=_kv_format(folder) if kv_dtype == "fp8" else None,
             )
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error.__cause__
@@ -223,7 +237,7 @@ def _from_config(
     family: Family, config: Any, dtype: torch.dtype, tied_embeddings: bool, max_model_len: int | None
 ) -> ModelSpec:
     name = getattr(config, family.activation_key)
-    activation = ACTIVATIONS_BY_NAME.get(name) if isinstance(name, str) else None
+    activation = family.activation or (ACTIVATIONS_BY_NAME.get(name) if isinstance(name, str) else None)
     if activation is None:
         supported = ", ".join(ACTIVATIONS_BY_NAME)
         raise ModelError(f"{family.activation_key} {shown(name)} is not supported; supported are {supported}")

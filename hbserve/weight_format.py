@@ -9,7 +9,8 @@ Supported are FP8 weights (e4m3, Micikevicius et al. 2022) in the layouts that p
 | ``modelopt`` | per tensor, per channel (``weight_scale``) | static; dynamic where per channel |
 | ``fbgemm_fp8`` | per channel (``weight_scale``) | dynamic |
 
-Everything else is refused by its name. Nothing here needs torch.
+Experts in MXFP4 are widened while they are loaded (`hbserve.models.mxfp4_experts`). Everything else is refused by its
+name. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -135,7 +136,15 @@ def read_weight_format(document: dict[str, Any]) -> Fp8Format | None:
         # Its activation_scale_ub clips large inputs for the sake of small ones. Here none are clipped: FP8 is as exact
         # for small numbers as for large ones.
         return Fp8Format("channel", plain_modules=_plain_modules(config, "modules_to_not_convert"))
+    if method == "mxfp4":
+        return None
     raise ModelError(f"the checkpoint is quantised by quant_method {shown(method)}; {_SUPPORTED}")
+
+
+def has_mxfp4_experts(document: dict[str, Any]) -> bool:
+    """Whether the experts of a checkpoint are in MXFP4, which `read_weight_format` has accepted."""
+    config = document.get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == "mxfp4"
 
 
 def _read_fp8(config: dict[str, Any]) -> Fp8Format:

@@ -133,6 +133,7 @@ class AttentionBackend(Attention):
     Args:
         layout, kv_cache, kv_scales: see `Attention`.
         tp_size: number of ranks that share the query heads.
+        sinks: float32 ``[layers * heads]``, those of this rank's heads (`Family.has_sinks`); None: there are none.
     """
 
     name: ClassVar[str]
@@ -153,10 +154,12 @@ class AttentionBackend(Attention):
         platform: Platform,
         tp_size: int = 1,
         kv_scales: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         super().__init__(layout, kv_cache, kv_scales)
         self.spec, self.platform = spec, platform
         self.num_heads = spec.num_heads // tp_size
+        self.sinks = None if sinks is None else sinks.view(spec.num_layers, self.num_heads)
 
     @classmethod
     @abstractmethod
@@ -176,7 +179,7 @@ def library_problem(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtyp
         wheel: name to install.
     """
     if has_unusual_scores(spec):
-        return "is not set up for a factor or a soft cap of attention scores"
+        return "is not set up for a factor, a soft cap or sinks of attention scores"
     if platform.name != "cuda":
         return "needs a CUDA device"
     if importlib.util.find_spec(package) is None:
@@ -191,5 +194,5 @@ def library_problem(package: str, wheel: str, spec: ModelSpec, dtype: torch.dtyp
 
 
 def has_unusual_scores(spec: ModelSpec) -> bool:
-    """Whether attention scores have another factor than ``1 / sqrt(head_dim)``, or a soft cap."""
-    return spec.scales.attention is not None or spec.scales.attention_cap is not None
+    """Whether attention scores have another factor than ``1 / sqrt(head_dim)``, a soft cap, or sinks."""
+    return spec.family.has_sinks or spec.scales.attention is not None or spec.scales.attention_cap is not None

@@ -64,8 +64,9 @@ class SdpaBackend(AttentionBackend):
         platform: Platform,
         tp_size: int = 1,
         kv_scales: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
-        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales)
+        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales, sinks)
         # One row per token, layer and k/v; the rows of a layer are those of layer 0 plus a constant.
         self._cache_rows = as_bytes(kv_cache).view(-1, layout.num_kv_heads * layout.head_dim)
         self._scratch = self._cache_rows.new_empty(0)
@@ -90,12 +91,13 @@ class SdpaBackend(AttentionBackend):
 
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         plan = self._plans[self.spec.sliding_windows[layer]]
+        sinks, scales = None if self.sinks is None else self.sinks[layer], self.spec.scales
         for gather in plan.decodes:
             keys, values = self._keys_and_values(layer, gather.rows, q.dtype)
-            out[gather.queries] = _attend_decodes(q[gather.queries], keys, values, gather.mask, self.spec.scales)
+            out[gather.queries] = _attend_decodes(q[gather.queries], keys, values, gather.mask, scales, sinks)
         for gather in plan.chunks:
             keys, values = self._keys_and_values(layer, gather.rows, q.dtype)
-            out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask, self.spec.scales)
+            out[gather.queries] = _attend_chunk(q[gather.queries], keys, values, gather.mask, scales, sinks)
 
     def _row_of(self, slots: Tensor) -> Tensor:
         """Turn slots (``block id * block size + offset``) into cache rows of layer 0's keys."""
@@ -141,7 +143,7 @@ class SdpaBackend(AttentionBackend):
             first, end = int(batch.query_starts[row]), int(batch.query_starts[row + 1])
             start = int(contexts[row]) - (end - first)
             # torch's kernel without a mask needs no tiles
-            needs_tiles = start > 0 or window is not None or self.spec.scales.attention_cap is not None
+            needs_tiles = start > 0 or window is not None or not _suits_kernel(self.spec.scales, self.sinks)
             tile = _QUERY_TILE_TOKENS if needs_tiles else end - first
             for begin in range(first, end, tile):
                 queries = slice(begin, min(begin + tile, end))
@@ -191,17 +193,22 @@ def _rows_by_length(lengths: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64
     return [np.flatnonzero(exponents == exponent) for exponent in np.unique(exponents)]
 
 
-def _attend_decodes(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scales: Scales) -> Tensor:
+def _attend_decodes(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scales: Scales, sinks: Tensor | None
+) -> Tensor:
     """Attend with one query per sequence, ``q [rows, heads, dim]``; all rows have equally many keys and values."""
     rows, _, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     keys, values = (x.view(rows, -1, num_kv_heads, head_dim).transpose(1, 2) for x in (keys, values))
     # query heads of a KV head stand in for the query length: as fast as one head, without copies
     grouped = q.view(rows, num_kv_heads, -1, head_dim)
-    return _attend(grouped, keys, values, mask, False, scales).reshape(q.shape)
+    sinks = None if sinks is None else sinks.view(num_kv_heads, -1, 1)
+    return _attend(grouped, keys, values, mask, False, scales, sinks).reshape(q.shape)
 
 
-def _attend_chunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scales: Scales) -> Tensor:
+def _attend_chunk(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scales: Scales, sinks: Tensor | None
+) -> Tensor:
     """Attend with queries of one sequence, ``q [queries, heads, dim]``; keys and values ``[keys, kv heads, dim]``."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
@@ -209,21 +216,44 @@ def _attend_chunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, 
     # the batch is the KV heads and the heads are their query heads: all share one copy of the keys
     grouped = q.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     keys, values = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
-    out = _attend(grouped, keys, values, mask, mask is None, scales)
+    sinks = None if sinks is None else sinks.view(num_kv_heads, group, 1, 1)
+    out = _attend(grouped, keys, values, mask, mask is None, scales, sinks)
     return out.permute(2, 0, 1, 3).reshape(q.shape)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool, scales: Scales) -> Tensor:
-    """Attend with ``[batch, heads, length, dim]`` each; torch's kernel knows no soft cap of the scores."""
-    cap = scales.attention_cap
-    if cap is None:
+def _suits_kernel(scales: Scales, sinks: Tensor | None) -> bool:
+    """Whether torch's kernel computes the scores: it knows neither a soft cap nor sinks."""
+    return scales.attention_cap is None and sinks is None
+
+
+def _attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scales: Scales,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend with ``[batch, heads, length, dim]`` each.
+
+    Args:
+        sinks: float32, broadcasts to ``[batch, heads, length, 1]``.
+    """
+    if _suits_kernel(scales, sinks):
         return F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, is_causal=is_causal, scale=scales.attention
         )
     scale = q.shape[-1] ** -0.5 if scales.attention is None else scales.attention
-    scores = torch.tanh(q @ keys.transpose(-1, -2) * scale / cap) * cap
+    scores, cap = q @ keys.transpose(-1, -2) * scale, scales.attention_cap
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+        scores, keys_end = torch.cat((scores, column), -1), scores.shape[-1]
+        return scores.softmax(-1, dtype=torch.float32)[..., :keys_end].to(q.dtype) @ values
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values

@@ -122,7 +122,8 @@ class ModelRunner:
             samples = instance.instance_type is InstanceRole.DECODE
             self.board = StepBoard(arenas.board, config.performance.max_num_seqs, samples)
         kv_cache = self.layout.view(arenas.kv, num_arena_blocks)
-        self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size, weights.get("kv_scales"))
+        scales, sinks = weights.get("kv_scales"), weights.get("sinks")
+        self._attention = backend(self.spec, self.layout, kv_cache, platform, parallel.size, scales, sinks)
         stopwatch.lap("attention")
         self._table = SequenceTable(
             max_num_seqs=config.performance.max_num_seqs,

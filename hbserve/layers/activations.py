@@ -24,13 +24,27 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+_CLAMP, _SWIGLU_ALPHA = 7.0, 1.702
+"""Bound of the values, and factor in the sigmoid, of gpt-oss."""
+
+
 def silu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``silu(gate) * up`` (Shazeer 2020) of ``[tokens, gate | up]``, half as wide; in ``out`` if given."""
     return _gate(F.silu, gate_up, out)
 
 
+def _clamped_swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``gate * sigmoid(1.702 * gate) * (up + 1)`` of clamped values, as gpt-oss has it (OpenAI 2025)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=_CLAMP), up.clamp(-_CLAMP, _CLAMP)
+    return torch.mul(up + 1, gate * torch.sigmoid(gate * _SWIGLU_ALPHA), out=out)
+
+
 def make_activation(name: Activation, is_gated: bool) -> Activate:
     """Return the activation with or without a gate."""
+    if name == "clamped_swiglu":
+        assert is_gated, "it has a gate"
+        return _clamped_swiglu
     return partial(_gate if is_gated else _apply, _FUNCTIONS[name])
 
 

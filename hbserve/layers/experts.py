@@ -5,7 +5,6 @@ It is the reference for `hbserve.layers.grouped_experts`, which computes the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,9 @@ class ExpertWeights:
         up: ``[local experts * 2 * inner, hidden]``, the rows ``gate | up`` of one expert after the other.
         down: ``[local experts * hidden, inner]``.
         router_bias: float32 ``[experts]``, added to the scores for the choice.
+        logit_bias: ``[experts]``, added to the router's outputs; None: there is none.
+        up_bias, down_bias: ``[local experts * 2 * inner]`` and ``[local experts * hidden]``; None: there is none, or
+            another rank adds that of the down projections.
         up_scale, down_scale: float32 scales of ``up`` and ``down`` where these are FP8: of each row ``[rows]``, or of
             blocks of r x 128, ``[rows / r, ceil(columns / 128)]``. Inputs stay in the model's dtype.
         shared_up, shared_down: layers ``[2 * inner, hidden]`` and ``[hidden, inner]`` of the expert that computes every
@@ -38,6 +40,9 @@ class ExpertWeights:
     up: Tensor
     down: Tensor
     router_bias: Tensor | None = None
+    logit_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
     up_scale: Tensor | None = None
     down_scale: Tensor | None = None
     shared_up: Linear | None = None
@@ -45,11 +50,9 @@ class ExpertWeights:
     shared_gate: Tensor | None = None
 
 
-def router_logits(
-    x: Tensor, weights: ExpertWeights, experts: Experts, linear: Callable[[Tensor, Tensor], Tensor] = F.linear
-) -> Tensor:
-    """Return the router's outputs ``[tokens, experts]``: float32 where there is a bias, else in the dtype of ``x``."""
-    return linear(x.float() if experts.has_bias else x, weights.router)
+def router_logits(x: Tensor, weights: ExpertWeights, experts: Experts) -> Tensor:
+    """Return the router's outputs ``[tokens, experts]``, in float32 if a bias counts in the choice, else as ``x``."""
+    return F.linear(x.float() if experts.has_bias else x, weights.router, weights.logit_bias)
 
 
 def choose_experts(logits: Tensor, bias: Tensor | None, experts: Experts) -> tuple[Tensor, Tensor]:
@@ -97,8 +100,11 @@ def mix_experts(
         if not 0 <= local < len(downs):
             continue
         tokens, place = (chosen == expert).nonzero(as_tuple=True)
-        inner = activate(F.linear(x[tokens], _plain(ups, weights.up_scale, local, x.dtype)), None)
-        product = F.linear(inner, _plain(downs, weights.down_scale, local, x.dtype))
+        up_bias, down_bias = (
+            None if bias is None else bias.view(len(downs), -1)[local] for bias in (weights.up_bias, weights.down_bias)
+        )
+        inner = activate(F.linear(x[tokens], _plain(ups, weights.up_scale, local, x.dtype), up_bias), None)
+        product = F.linear(inner, _plain(downs, weights.down_scale, local, x.dtype), down_bias)
         out.index_add_(0, tokens, (product * token_weights[tokens, place, None]).to(out.dtype))
     return out
 

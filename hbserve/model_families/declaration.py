@@ -13,7 +13,7 @@ from typing import Any, Literal
 NormKind = Literal["rms", "olmo_rms", "gemma_rms", "layer", "layer_1p"]
 """Kinds of norms; `hbserve.layers.norms` has the formulae."""
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
 
 ACTIVATIONS_BY_NAME: Mapping[str, Activation] = {
     "silu": "silu",
@@ -120,6 +120,7 @@ class Family:
         width_key: key of the feed-forward layer's width.
         is_gated: the feed-forward layer computes ``activation(gate) * up``; else ``activation(up)``.
         activation_key: key that names the activation of the feed-forward layer.
+        activation: that activation, whatever the key says; None: the key counts.
         qkv_bias, o_bias, mlp_bias: these projections have a bias: always, never, or as a key of ``config.json`` says.
         norm_eps_key: key of the norms' epsilon.
         is_partly_rotated: ``partial_rotary_factor`` is the rotated part of each head.
@@ -128,6 +129,8 @@ class Family:
         rotated_layers: reads from transformers' configuration, for each layer, whether it has a rotary embedding; None:
             all have one.
         has_draft_layers: checkpoints may have more layers than the model; they draft tokens, and stay unread.
+        has_sinks: each head has a sink: a score without a value, which counts in the softmax of all queries (Xiao et
+            al. 2023, section 3.3).
         windows: which layers have a sliding window: ``none``, those that ``layer_types`` names (``by_layer``), or all
             if ``sliding_window`` is set (``uniform``).
         experts: reads the mixture of experts from transformers' configuration; None: there is none. In the checkpoint
@@ -135,6 +138,9 @@ class Family:
         router, router_bias: names of the router and of its bias in the checkpoint.
         stacked_experts: names of two tensors with the matrices of all experts, ``gate | up`` and down; None: each
             expert has its own.
+        has_expert_biases: the router and the experts have biases. The tensors of ``stacked_experts`` then are
+            ``[experts, inputs, outputs]`` and have no suffix, biases have ``_bias``, and outputs of gate and up take
+            turns.
         shared_expert: name of the expert that computes every token, within the layer.
         shared_matrices: names of its matrices, as ``up`` and ``down``; None: they have those names.
         scales: reads factors and soft caps from transformers' configuration.
@@ -156,6 +162,7 @@ class Family:
     width_key: str = "intermediate_size"
     is_gated: bool = True
     activation_key: str = "hidden_act"
+    activation: Activation | None = None
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
@@ -165,11 +172,13 @@ class Family:
     has_rope_by_type: bool = False
     rotated_layers: Callable[[Any], Any] | None = None
     has_draft_layers: bool = False
+    has_sinks: bool = False
     windows: Literal["none", "by_layer", "uniform"] = "none"
     experts: Callable[[Any], Experts] | None = None
     router: str = "gate"
     router_bias: str = "gate.e_score_correction_bias"
     stacked_experts: tuple[str, str] | None = None
+    has_expert_biases: bool = False
     shared_expert: str = "mlp.shared_experts"
     shared_matrices: tuple[tuple[str, ...], str] | None = None
     scales: Callable[[Any], Scales] = _no_scales

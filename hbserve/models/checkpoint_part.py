@@ -39,6 +39,11 @@ class CheckpointPart:
     """Whether the arena has the slice itself, maybe in another dtype; False: `read` computes what it has."""
 
     @property
+    def companion(self) -> CheckpointPart | None:
+        """Another whole tensor of the checkpoint that `read` needs, which no other part reads; None: there is none."""
+        return None
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's slice in the arena."""
         return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
@@ -47,12 +52,13 @@ class CheckpointPart:
         """Return whether the tensor may have that shape in the checkpoint."""
         return shape == self.shape
 
-    def read(self, source: Any, device: torch.device) -> Tensor:
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         """Read this rank's slice, of `local_shape` and any dtype, on any device.
 
         Args:
             source: the tensor in the checkpoint, which reads the slice that it is indexed with.
             device: the arena's, where work on large tensors is done.
+            companion: likewise the tensor `companion`, if there is one.
         """
         return cast(Tensor, source[(slice(None),) * self.dim + (slice(self.start, self.stop),)])
 
@@ -66,7 +72,7 @@ class CheckpointVector(CheckpointPart):
     def has_shape(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape) == max(shape, default=0) == self.shape[0]
 
-    def read(self, source: Any, device: torch.device) -> Tensor:
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         return cast(Tensor, source[...]).flatten()
 
 
@@ -92,12 +98,36 @@ class StackedExpertsPart(CheckpointPart):
         size, count = self.stop - self.start, self.last - self.first
         return (count * self.num_stacked * size, num_columns) if self.dim == 1 else (count * num_rows, size)
 
-    def read(self, source: Any, device: torch.device) -> Tensor:
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         experts = cast(Tensor, source[self.first : self.last])
         if self.dim == 2:
             return experts[..., self.start : self.stop].reshape(self.local_shape)
         matrices = experts.view(len(experts), self.num_stacked, -1, self.shape[2])
         return matrices[:, :, self.start : self.stop].reshape(self.local_shape)
+
+
+@dataclass(frozen=True)
+class ColumnExpertsPart(StackedExpertsPart):
+    """The matrices of all experts as ``[experts, inputs, outputs]``, or their biases as ``[experts, outputs]``.
+
+    Outputs of the stacked matrices take turns. The arena has a row for each output, as of `StackedExpertsPart`.
+
+    Attributes:
+        dim: dimension of the rows ``[experts, outputs, inputs]`` that start and stop slice.
+    """
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        num_inputs, num_outputs = self.shape[1:-1], self.shape[-1]
+        size, count = self.stop - self.start, self.last - self.first
+        return (count * self.num_stacked * size, *num_inputs) if self.dim == 1 else (count * num_outputs, size)
+
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
+        rows: Tensor = source[self.first : self.last].movedim(-1, 1)
+        if self.dim == 2:
+            return rows[..., self.start : self.stop].reshape(self.local_shape)
+        turns = rows.view(len(rows), -1, self.num_stacked, *rows.shape[2:])[:, self.start : self.stop]
+        return turns.transpose(1, 2).reshape(self.local_shape)
 
 
 @dataclass(frozen=True)
@@ -114,7 +144,7 @@ class KVScalePart(CheckpointPart):
     def has_shape(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape) in (1, *self.shape)
 
-    def read(self, source: Any, device: torch.device) -> Tensor:
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         scales = cast(Tensor, source[...]).reshape(1, -1).expand(1, *self.shape)
         return scales[:, self.start : self.stop]
 

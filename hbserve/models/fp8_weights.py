@@ -57,7 +57,7 @@ class _ScalePart(CheckpointPart):
             return math.prod(shape) == 1
         return shape == self.shape or (self.granularity == "channel" and shape == self.shape[:1])
 
-    def read(self, source: Any, device: torch.device) -> Tensor:
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         scales = cast(Tensor, source[...])
         if self.granularity == "tensor":
             return scales.reshape(1).expand(self.local_shape)
@@ -82,7 +82,7 @@ class _InputScalePart(CheckpointPart):
     def has_shape(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape) == 1
 
-    def read(self, source: Any, device: torch.device) -> Tensor:
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         return cast(Tensor, source[...]).reshape(1)
 
 
@@ -93,7 +93,7 @@ class _QuantisedPart(CheckpointPart):
     arena_dtype: ClassVar[str | None] = "float8_e4m3fn"
     is_slice: ClassVar[bool] = False
 
-    def read(self, source: Any, device: torch.device) -> Tensor:
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         values = self._quantise(source, device).values
         return values[:, self.start : self.stop] if self.dim == 1 else values
 
@@ -112,7 +112,7 @@ class _RowScalePart(_QuantisedPart):
     def local_shape(self) -> tuple[int, ...]:
         return (super().local_shape[0],)
 
-    def read(self, source: Any, device: torch.device) -> Tensor:
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         return self._quantise(source, device).scales[:, 0]
 
 

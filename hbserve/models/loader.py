@@ -62,7 +62,8 @@ def check_parts(
         is_harmless: whether a tensor that is no part may be there.
     """
     tensors = checkpoint_tensors(folder)
-    expected = {part.name: part for parts in parameters.values() for part in parts}
+    parts = [part for stacked in parameters.values() for part in stacked]
+    expected = {part.name: part for part in (*parts, *(part.companion for part in parts)) if part is not None}
     for name, entry in tensors.items():
         part = expected.get(renamed.get(name, name))
         if part is not None:
@@ -117,7 +118,7 @@ def load_parts(
     tensors = checkpoint_tensors(folder)
     places = _places(table.views(arena), parameters)
     reads = [
-        Read(entry.name, entry, part, target)
+        Read(entry.name, entry, part, target, None if part.companion is None else tensors[part.companion.name])
         for name, entry in tensors.items()
         for part, target in places.get(renamed.get(name, name), ())
     ]

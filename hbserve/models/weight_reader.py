@@ -6,9 +6,9 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from io import FileIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,12 +34,13 @@ _BUFFER_BYTES = 16 << 20
 
 
 class Read(NamedTuple):
-    """A part of a tensor, and the rows of the arena that it fills."""
+    """A part of a tensor, and the rows of the arena that it fills. Attributes: companion: see `CheckpointPart`."""
 
     name: str
     entry: TensorEntry
     part: CheckpointPart
     target: Tensor
+    companion: TensorEntry | None = None
 
 
 def read_all(reads: Sequence[Read], device: torch.device, check: Callable[[Read], None]) -> None:
@@ -88,8 +89,11 @@ class _Reader:
                     with path.open("rb", buffering=0) as file:
                         self._copy(file, read.entry, read.part, read.target)
                 else:
-                    with self._computing, safe_open(path, framework="pt", device="cpu") as tensors:
-                        read.target.copy_(read.part.read(tensors.get_slice(read.name), self._device))
+                    with self._computing, ExitStack() as files:
+                        source, companion = (
+                            None if entry is None else _open(files, entry) for entry in (read.entry, read.companion)
+                        )
+                        read.target.copy_(read.part.read(source, self._device, companion))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read: {reason_of(error)}") from None
 
@@ -120,6 +124,11 @@ class _Reader:
                 buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
             self._local.buffer = buffer
         return buffer
+
+
+def _open(files: ExitStack, entry: TensorEntry) -> Any:
+    """Open a tensor, which reads the slice that it is indexed with."""
+    return files.enter_context(safe_open(entry.path, framework="pt", device="cpu")).get_slice(entry.name)
 
 
 def read_into(file: FileIO, left: memoryview) -> None:

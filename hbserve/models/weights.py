@@ -25,7 +25,15 @@ from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
 from hbserve.model_families.declaration import Experts
 from hbserve.model_spec import DTYPES, EMBEDDING, LM_HEAD, ModelSpec
-from hbserve.models.checkpoint_part import CheckpointPart, CheckpointVector, KVScalePart, Parameter, StackedExpertsPart
+from hbserve.models.checkpoint_part import (
+    CheckpointPart,
+    CheckpointVector,
+    ColumnExpertsPart,
+    KVScalePart,
+    Parameter,
+    StackedExpertsPart,
+)
+from hbserve.models.mxfp4_experts import Mxfp4ExpertsPart
 from hbserve.models.schemes import matrix_parameters
 from hbserve.weight_format import Fp8Format
 
@@ -51,8 +59,9 @@ class WeightTable(msgspec.Struct, frozen=True):
             ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``up`` (``gate | up`` where there is a gate), ``down``, and the
             fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. A layer with experts has the fields
             of `hbserve.layers.experts.ExpertWeights`. A tied ``lm_head`` lies at ``embedding``. A quantised matrix has
-            further parameters, see `hbserve.models.schemes`. ``kv_scales [layers * 2, KV heads]`` are those of KV in
-            FP8, keys and values of one layer after the other, if the checkpoint has them.
+            further parameters, see `hbserve.models.schemes`. ``sinks [layers * heads]`` are those of attention.
+            ``kv_scales [layers * 2, KV heads]`` are those of KV in FP8, of keys and values of one layer after the
+            other, if the checkpoint has them.
         num_bytes: size of the arena.
     """
 
@@ -99,8 +108,10 @@ class WeightTable(msgspec.Struct, frozen=True):
 
 
 def _is_exact(name: str, spec: ModelSpec) -> bool:
-    """Whether a parameter is float32 in every serving dtype: small differences choose the experts."""
+    """Whether a parameter is float32 in every serving dtype: sinks, and a router where small differences choose."""
     kind = name.rpartition(".")[2]
+    if kind == "sinks":
+        return True
     return kind in ("router", "router_bias") and spec.experts is not None and spec.experts.has_bias
 
 
@@ -150,6 +161,10 @@ class Sharding:
         if spec.kv_format is not None and spec.kv_format.scale_names is not None:
             names = (f"model.layers.{i}.{name}" for i in range(spec.num_layers) for name in spec.kv_format.scale_names)
             yield "kv_scales", tuple(KVScalePart(name, (spec.num_kv_heads,), 0, *self.kv_heads()) for name in names)
+        if spec.family.has_sinks:
+            heads = self.share(spec.num_heads, "num_attention_heads")
+            names = (f"model.layers.{layer}.self_attn.sinks" for layer in range(spec.num_layers))
+            yield "sinks", tuple(_part(name, (spec.num_heads,), *heads) for name in names)
         if not spec.tied_embeddings:
             yield "lm_head", (_part(LM_HEAD, (spec.vocab_size, spec.hidden_size), *vocab),)
 
@@ -193,11 +208,26 @@ class Sharding:
         if experts.has_bias:
             bias = CheckpointVector(f"{prefix}{family.router_bias}", (experts.num_experts,), 0, 0, experts.num_experts)
             yield "router_bias", (bias,)
+        if family.has_expert_biases:
+            yield "logit_bias", (_part(f"{prefix}{family.router}.bias", (experts.num_experts,)),)
+            yield from self._expert_biases(prefix, experts, local, inner)
         up_parts, down_parts = self._expert_parts(prefix, experts, local, inner)
         # Inputs of experts stay as they are, so scales of them are not read.
         expert_format = self.spec.weight_format and replace(self.spec.weight_format, is_static=False)
         yield from matrix_parameters(expert_format, "up", up_parts)
         yield from matrix_parameters(expert_format, "down", down_parts)
+
+    def _expert_biases(
+        self, prefix: str, experts: Experts, local: tuple[int, int], inner: _Slice
+    ) -> Iterator[Parameter]:
+        """Biases of ``gate | up`` and of the down projections; of ranks with slices, the first adds the latter."""
+        assert self.spec.family.stacked_experts is not None, "biases are stacked as the matrices are"
+        up, down = (f"{prefix}{name}_bias" for name in self.spec.family.stacked_experts)
+        count, hidden = experts.num_experts, self.spec.hidden_size
+        start, stop = inner.bounds
+        yield "up_bias", (ColumnExpertsPart(up, (count, 2 * inner.size), 1, start, stop, 2, *local),)
+        if self.has_whole_experts or self.rank == 0:
+            yield "down_bias", (ColumnExpertsPart(down, (count, hidden), 1, 0, hidden, 1, *local),)
 
     def _shared_expert(self, prefix: str, experts: Experts) -> Iterator[Parameter]:
         spec, family = self.spec, self.spec.family
@@ -214,6 +244,18 @@ class Sharding:
     ) -> tuple[tuple[CheckpointPart, ...], tuple[CheckpointPart, ...]]:
         """Return the tensors of ``gate | up`` and of the down projections, of one expert after the other."""
         hidden, family, count = self.spec.hidden_size, self.spec.family, experts.num_experts
+        if family.stacked_experts is not None and family.has_expert_biases:
+            up, down = (f"{prefix}{name}" for name in family.stacked_experts)
+            start, stop = inner.bounds
+            if self.spec.has_mxfp4_experts:
+                return (
+                    (Mxfp4ExpertsPart(up, (count, 2 * inner.size, hidden), 1, start, stop, 2, *local),),
+                    (Mxfp4ExpertsPart(down, (count, hidden, inner.size), 2, start, stop, 1, *local),),
+                )
+            return (
+                (ColumnExpertsPart(up, (count, hidden, 2 * inner.size), 1, start, stop, 2, *local),),
+                (ColumnExpertsPart(down, (count, inner.size, hidden), 2, start, stop, 1, *local),),
+            )
         if family.stacked_experts is not None:
             up, down = (f"{prefix}{name}.weight" for name in family.stacked_experts)
             up_shape, down_shape = (count, 2 * inner.size, hidden), (count, hidden, inner.size)

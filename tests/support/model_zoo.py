@@ -344,6 +344,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_num_shared_experts": 1,
         "tie_word_embeddings": True,
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 32,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 24,
+        "rope_parameters": _YARN_ROPE | {"truncate": False},
+    },
     "flex_olmo": {
         "model_type": "flex_olmo",
         "num_experts": 6,

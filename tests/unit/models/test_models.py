@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +40,12 @@ def cpu() -> Platform:
 
 
 def one_sequence(
-    spec: ModelSpec, dtype: torch.dtype, platform: Platform, num_tokens: int, num_kv_heads: int | None = None
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    platform: Platform,
+    num_tokens: int,
+    num_kv_heads: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> AttentionBackend:
     """Make an attention backend that has begun a step with all tokens of one sequence, from position 0."""
     num_blocks = -(-num_tokens // BLOCK_SIZE)
@@ -47,7 +53,8 @@ def one_sequence(
     arena = platform.allocate_arena(num_blocks * layout.block_bytes)
     arena.fill_(0xFF)  # NaN, unless written
     backend = select_attention_backend("sdpa", spec, dtype, platform)
-    attention = backend(spec, layout, layout.view(arena, num_blocks), platform)
+    tp_size = 1 if sinks is None else spec.num_layers * spec.num_heads // len(sinks)
+    attention = backend(spec, layout, layout.view(arena, num_blocks), platform, tp_size, sinks=sinks)
     attention.begin(
         AttentionBatch(
             num_decode_rows=int(num_tokens == 1),
@@ -73,10 +80,12 @@ def our_logits(
     table = WeightTable.build(spec, dtype)
     arena = platform.allocate_arena(table.num_bytes)
     load_weights(folder, spec, table, arena)
-    decoder = Decoder(spec, table.views(arena))
+    weights = table.views(arena)
+    decoder = Decoder(spec, weights)
     token_ids = token_ids.to(platform.device)
     positions = torch.arange(len(token_ids), device=platform.device)
-    hidden = decoder.forward(token_ids, positions, one_sequence(spec, dtype, platform, len(token_ids)))
+    attention = one_sequence(spec, dtype, platform, len(token_ids), sinks=weights.get("sinks"))
+    hidden = decoder.forward(token_ids, positions, attention)
     return decoder.logits(hidden)
 
 
@@ -149,6 +158,37 @@ def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
     token_ids = random_tokens(20)
     single, sharded = (our_logits(tmp_path / kind, token_ids, torch.float32, cpu()) for kind in ("single", "sharded"))
     assert torch.equal(single, sharded)
+
+
+def test_experts_in_mxfp4_are_widened(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "gpt_oss")
+    numbers = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    numbers += [-number for number in numbers]
+    path, generator = tmp_path / "model.safetensors", torch.Generator().manual_seed(3)
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        shape = tensors.pop(name).movedim(1, 2).shape  # [experts, outputs, inputs]
+        codes = torch.randint(16, shape, generator=generator)
+        exponents = torch.randint(-4, 0, (*shape[:2], shape[2] // 32), generator=generator)
+        matrices = torch.tensor(numbers)[codes] * 2.0 ** exponents.repeat_interleave(32, 2)
+        model.get_parameter(name).data.copy_(matrices.movedim(1, 2))
+        pairs = codes.view(*exponents.shape, 16, 2)
+        tensors[f"{name}_blocks"] = (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8)
+        tensors[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+    save_file(tensors, path)
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    token_ids = random_tokens(40)
+    with torch.inference_mode():
+        expected = model(token_ids[None]).logits[0]
+    logits = our_logits(tmp_path, token_ids, torch.float32, cpu())
+    torch.testing.assert_close(logits, expected, atol=100 * 10 * 2**-24, rtol=0)
+    ranks = [checkpoint_parts(ModelSpec.load(tmp_path), rank, 2)["layers.0.up"] for rank in range(2)]
+    with safe_open(path, framework="pt") as file:
+        sources = [file.get_slice(f"model.layers.0.mlp.experts.gate_up_proj_{kind}") for kind in ("blocks", "scales")]
+        first, second = (parts[0].read(sources[0], cpu().device, sources[1]) for parts in ranks)
+    whole = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").movedim(1, 2)
+    gates_and_ups = whole.reshape(6, 2, 48, 2, 64).permute(1, 0, 3, 2, 4)  # ranks, experts, gate or up, inner, hidden
+    assert torch.equal(torch.stack((first, second)).view(gates_and_ups.shape).float(), gates_and_ups)
 
 
 def test_weights_are_converted_to_the_serving_dtype(tmp_path: Path) -> None:
@@ -224,6 +264,8 @@ def test_table_survives_the_wire_and_attaches_elsewhere(tmp_path: Path) -> None:
         ("qwen2_moe", 2, True, 320, True),
         ("glm4_moe_groups", 2, False, 320, True),
         ("glm4_moe", 2, True, 320, False),
+        ("gpt_oss", 2, False, 320, False),
+        ("gpt_oss", 2, False, 320, True),
     ],
 )
 def test_ranks_together_compute_the_whole_model(
@@ -274,8 +316,10 @@ def test_ranks_together_compute_the_whole_model(
         table = WeightTable.build(spec, torch.float32, rank, tp_size, whole_experts)
         arena = cpu().allocate_arena(table.num_bytes)
         load_weights(tmp_path, spec, table, arena, rank, tp_size, whole_experts)
-        decoder = Decoder(spec, table.views(arena), parallel)
-        attention = one_sequence(spec, torch.float32, cpu(), 30, max(1, spec.num_kv_heads // tp_size))
+        weights = table.views(arena)
+        decoder = Decoder(spec, weights, parallel)
+        num_kv_heads = max(1, spec.num_kv_heads // tp_size)
+        attention = one_sequence(spec, torch.float32, cpu(), 30, num_kv_heads, weights.get("sinks"))
         results[rank] = decoder.logits(decoder.forward(token_ids, torch.arange(30), attention))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(tp_size)]
@@ -382,7 +426,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
             {"architectures": ["MixtureForCausalLM"]},
             "'MixtureFor.* not supported; .*'MixtralFor",
         ),
-        ("llama", {"architectures": None, "model_type": "gpt9"}, "model_type 'gpt9' is not supported; .*llama"),
+        ("llama", {"architectures": None, "model_type": "llima"}, "model_type 'llima' is not supported; .*llama"),
+        ("mixtral", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4 is not supported for MixtralFor"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, 'quant_method "gptq"; supported are unquantised'),
         ("mistral", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM, .* but model_type is 'mistral'"),
         ("llama", {"architectures": "LlamaForCausalLM"}, 'architectures "LlamaForCausalLM" is not a list of names'),
