@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 _SPLIT_TIMEOUT_S = 30.0
+_SCHEDULER_TIMEOUT_S = 30.0
 
 
 class LoadTarget(Protocol):
@@ -103,6 +104,9 @@ class EngineTarget:
         Args:
             config: differs from the present one in ``scheduler``, ``chunked_prefill`` and ``performance`` only, and
                 there in nothing that instances read.
+
+        Raises:
+            TimeoutError: if the new scheduler does not serve.
         """
         llm, launcher = self._llm, self._llm.launcher
         llm.config = launcher.config = msgspec.structs.replace(
@@ -114,7 +118,10 @@ class EngineTarget:
         launcher.forgive_scheduler()
         launcher.scheduler.orders["config"] = msgspec.to_builtins(llm.config)
         launcher.scheduler.kill()  # the launcher starts it again, as after a crash
-        async with aclosing(self.generate([1], 1, {})) as arrivals:  # answered when the instances have registered
+        async with (
+            asyncio.timeout(_SCHEDULER_TIMEOUT_S),
+            aclosing(self.generate([1], 1, {})) as arrivals,  # answered when the instances have registered
+        ):
             async for _ in arrivals:
                 pass
 
