@@ -11,9 +11,11 @@ from functools import lru_cache
 import torch
 
 from hbserve.kv_transfer.head_split import WHOLE, Part
-from hbserve.messages.transfer import LayerGroup
+from hbserve.messages.transfer import ALL_LAYERS, LayerGroup
 
 _WORD_BYTES = 8
+_SCRATCH_ROWS = 4
+_HALF = LayerGroup(index=0, count=2)
 
 
 class BlockParts:
@@ -79,17 +81,36 @@ class BlockParts:
         arena.index_copy_(0, index, words.to(arena.device))
 
     @torch.inference_mode()
-    def rehearse(self, part: Part) -> None:
-        """Copy some zeros as `take` and `put` would: a GPU loads kernels at their first use, which stops its steps."""
+    def rehearse(self, part: Part, device: torch.device) -> None:
+        """Copy some zeros as `take` and `put` will, to and from buffers on ``device``, all layers and groups of them.
+
+        A GPU loads a kernel at its first use, and each stream allocates memory of its own: both stop the GPU's steps.
+        """
         scattered = range(0, 2 * _MAX_COPIED_RUNS + 1, 2)
-        blocks = torch.zeros(
-            scattered[-1] + 1, self.kv_blocks.shape[1], dtype=torch.uint8, device=self.kv_blocks.device
-        )
-        scratch = BlockParts(blocks, self._num_rows)
+        scratch = self._scratch(scattered[-1] + 1)
+        for layers in (ALL_LAYERS, _HALF) if scratch._num_rows % _HALF.count == 0 else (ALL_LAYERS,):
+            parts = scratch.of_layers(layers)
+            for block_ids in (scattered, scattered[:1]):
+                buffer = torch.empty(len(block_ids), parts.part_bytes(part), dtype=torch.uint8, device=device)
+                parts.take(block_ids, part, buffer)
+                parts.put(block_ids, part, buffer)
+
+    @torch.inference_mode()
+    def rehearse_merge(self, num_parts: int) -> None:
+        """Merge some zeros as `merge` will, and allocate what it needs at most, for the same reasons."""
+        device, num_bytes = self.kv_blocks.device, _MAX_BLOCKS * self.kv_blocks.shape[1]
+        buffers = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        del buffers  # the stream keeps their memory
+        scattered = range(0, 2 * _MAX_COPIED_RUNS + 1, 2)
         for block_ids in (scattered, scattered[:1]):
-            buffer = torch.empty(len(block_ids), self.part_bytes(part), dtype=torch.uint8, device=blocks.device)
-            scratch.take(block_ids, part, buffer)
-            scratch.put(block_ids, part, buffer)
+            self._scratch(scattered[-1] + 1).merge(block_ids, num_parts)
+
+    def _scratch(self, num_blocks: int) -> BlockParts:
+        """Return an arena of zeros, whose blocks have a few of the rows only."""
+        num_rows = min(self._num_rows, _SCRATCH_ROWS)
+        num_bytes = self.kv_blocks.shape[1] // self._num_rows * num_rows
+        blocks = torch.zeros(num_blocks, num_bytes, dtype=torch.uint8, device=self.kv_blocks.device)
+        return BlockParts(blocks, num_rows)
 
     @torch.inference_mode()
     def merge(self, block_ids: Sequence[int], num_parts: int) -> None:

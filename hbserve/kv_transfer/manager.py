@@ -311,6 +311,10 @@ class KVTransferManager(ABC):
         with self._transfer_stream():
             self._parts.of_layers(command.layers).merge(command.block_ids, num_parts)
 
+    def _rehearse_merge(self, num_parts: int) -> None:
+        with self._transfer_stream():
+            self._parts.rehearse_merge(num_parts)
+
     def _check_generations(self, command: _BlockCommand) -> None:
         index = torch.tensor(command.block_ids, dtype=torch.int64)
         generations = torch.tensor(command.generations, dtype=torch.int64)
@@ -331,6 +335,9 @@ class KVTransferManager(ABC):
             async with asyncio.timeout(context.timeout_s):
                 routes = self._shard.incoming(len(command.sources))
                 endpoint = await self._open_receive_window(self._sources_of(command), routes)
+                num_parts = routes[0].target_part.count if routes else 1
+                if self.one_sided and num_parts > 1:
+                    await asyncio.to_thread(self._rehearse_merge, num_parts)
         except TimeoutError:
             error = f"kv_transfer: not ready for {command.source_id} within {context.timeout_s:g} s"
         except HBServeError as problem:

@@ -79,7 +79,11 @@ class DirectTransfers(KVTransferManager):
                 self._queues.pop(older).abandon()
             batch_blocks = max(1, self._context.buffer_size // self._kv_blocks.shape[1])
             write = _Writer(self._backend, self._parts, self._transfer_stream, target, route)
-            connect = functools.partial(self._backend.connect, target)
+
+            def connect() -> None:
+                self._backend.connect(target)
+                write.prepare()
+
             disconnect = functools.partial(self._backend.disconnect, target)
             self._queues[link] = SendQueue(write, batch_blocks, self._backend.writes_end_soon, connect, disconnect)
         return self._queues[link]
@@ -107,6 +111,18 @@ class _Writer:
         self._staging_bytes = max(parts.part_bytes(route.source_part), min(_STAGING_BYTES, backend.context.buffer_size))
         self._staging: torch.Tensor | None = None
 
+    def prepare(self) -> None:
+        """Allocate what the first write would, and load the kernels of its copies: both stop the steps of a GPU."""
+        if self._route.source_part != WHOLE:
+            staging = self._make_staging()
+            with self._transfer_stream():
+                self._parts.rehearse(self._route.source_part, staging.device)
+
+    def _make_staging(self) -> torch.Tensor:
+        if self._staging is None:
+            self._staging = self._backend.make_staging(self._target, self._staging_bytes)
+        return self._staging
+
     def __call__(self, items: list[SendItem]) -> None:
         for layers, group in itertools.groupby(items, lambda item: item.layers):
             blocks = [pair for item in group for pair in zip(item.source_blocks, item.target_blocks, strict=True)]
@@ -121,15 +137,14 @@ class _Writer:
     def _gather_and_write(self, blocks: list[tuple[int, int]], layers: LayerGroup) -> None:
         parts = self._parts.of_layers(layers)
         part_bytes = parts.part_bytes(self._route.source_part)
-        if self._staging is None:
-            self._staging = self._backend.make_staging(self._target, self._staging_bytes)
+        staging = self._make_staging()
         max_blocks = self._staging_bytes // part_bytes
         for first in range(0, len(blocks), max_blocks):
             group = blocks[first : first + max_blocks]
-            out = self._staging[: len(group) * part_bytes].view(len(group), part_bytes)
+            out = staging[: len(group) * part_bytes].view(len(group), part_bytes)
             with self._transfer_stream():
                 parts.take([source for source, _ in group], self._route.source_part, out)
-            self._write(self._staging, [(index * part_bytes, there) for index, (_, there) in enumerate(group)], layers)
+            self._write(staging, [(index * part_bytes, there) for index, (_, there) in enumerate(group)], layers)
 
     def _write(self, source: torch.Tensor, pieces: list[tuple[int, int]], layers: LayerGroup) -> None:
         """Write pieces: each is an offset in ``source``, and the target block of which it is a stretch."""

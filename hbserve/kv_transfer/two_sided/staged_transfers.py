@@ -17,7 +17,7 @@ from hbserve.errors import HBServeError, KVTransferError, StartupError
 from hbserve.import_path import load_class
 from hbserve.kv_transfer.base import KVTransferBase, KVTransferContext
 from hbserve.kv_transfer.block_parts import BlockParts
-from hbserve.kv_transfer.head_split import Part, Route, Shard
+from hbserve.kv_transfer.head_split import WHOLE, Part, Route, Shard
 from hbserve.kv_transfer.manager import KVTransferManager, Report, cancel_and_wait, wait_despite_cancel
 from hbserve.kv_transfer.two_sided.buffers import ByteBudget
 from hbserve.messages.transfer import LinkKey, Peer, ReceiveBlocks, SendBlocks
@@ -78,6 +78,7 @@ class StagedTransfers(KVTransferManager):
     async def start(self) -> None:
         with _startup_errors(type(self._backend).__name__):
             await self._backend.start()
+        await asyncio.to_thread(self._rehearse)
 
     async def stop(self) -> None:
         await self._backend.stop()
@@ -129,6 +130,10 @@ class StagedTransfers(KVTransferManager):
         for source in sources:
             receiving = [(transfer_id, False) for transfer_id in self._receiving.pop(source.link_key, ())]
             await cancel_and_wait([self._tasks[key] for key in receiving if key in self._tasks])
+
+    def _rehearse(self) -> None:
+        with self._transfer_stream():
+            self._parts.rehearse(WHOLE, self._kv_blocks.device)
 
     def _take(self, parts: BlockParts, block_ids: list[int], part: Part, shape: tuple[int, int]) -> torch.Tensor:
         with self._transfer_stream():

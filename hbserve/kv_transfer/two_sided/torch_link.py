@@ -147,8 +147,7 @@ class _Link:
             self._has_joined = False
             with self._explained():
                 self._make_groups()
-                if self._use_nccl:
-                    self._connect_devices()
+                self._prepare()
             self._has_joined = True
         if not self._has_joined:
             raise KVTransferError(f"KV link {self.name}: the two sides have not met")
@@ -174,24 +173,31 @@ class _Link:
             self._abort_groups()
             raise KVTransferError(f"KV link {self.name} was closed")
 
-    def _connect_devices(self) -> None:
-        """Pass one byte, because NCCL connects two GPUs only at the first message, and the first request would wait.
+    def _prepare(self) -> None:
+        """Do now what only the first transfer does, because its request would wait, and the steps of both GPUs stop.
 
-        The first use of NCCL and of the copies' kernels, and allocations after that, stop the steps of both GPUs, for
-        0.1 s in all.
+        Buffers are allocated, on each stream the copies load their kernels and allocate what they need, and NCCL
+        connects two GPUs, which it does at the first message: here one byte. All that takes 0.1 s.
         """
         began = time.monotonic()
         piece_bytes = self._piece_bytes()
         for index in range(_NUM_SLOTS):
             self._slot(index, 1, self._part_bytes, piece_bytes)
+            with self._on_stream(index):
+                self._all_layers.rehearse(self._part, self._device)
+                if self._context.device != self._device:  # a piece is gathered on the GPU before it leaves
+                    torch.empty(piece_bytes, dtype=torch.uint8, device=self._context.device)
+        if self._use_nccl:
+            self._connect_devices()
+        logger.debug("KV link %s: ready in %.2f s", self.name, time.monotonic() - began)
+
+    def _connect_devices(self) -> None:
         with self._on_stream(0):
-            self._all_layers.rehearse(self._part)
             byte = torch.zeros(1, dtype=torch.uint8, device=self._device)
             pass_on = self._data.send if self._rank == _SENDER else self._data.recv
             work = pass_on([byte], 1 - self._rank, 0)
             work.wait()
         self._wait(0, work)
-        logger.debug("KV link %s: connected the GPUs in %.2f s", self.name, time.monotonic() - began)
 
     def _piece_bytes(self) -> int:
         """Compute the bytes of a piece of whole blocks, at most; both ends have the same."""

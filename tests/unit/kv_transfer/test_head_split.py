@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import Any
 
@@ -10,9 +11,17 @@ import pytest
 import torch
 
 from hbserve.kv_transfer.head_split import Shard, routes
-from hbserve.messages.transfer import ALL_LAYERS, FinishBlocks, LayerGroup, OpenLink, ReceiveBlocks, SendBlocks
+from hbserve.messages.transfer import (
+    ALL_LAYERS,
+    ConnectLink,
+    FinishBlocks,
+    LayerGroup,
+    OpenLink,
+    ReceiveBlocks,
+    SendBlocks,
+)
 from tests.support.engines import needs_mooncake
-from tests.support.transfer_sides import HEAD_BYTES, NUM_BLOCKS, ROWS, Side
+from tests.support.transfer_sides import DEADLINE_S, HEAD_BYTES, NUM_BLOCKS, ROWS, Side
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 8])
@@ -117,5 +126,43 @@ async def test_heads_are_split_anew_in_a_transfer_and_checksums_prove_it(
                 assert (result.error_kind, "1 of 5" in result.error) == ("checksum", True)
     finally:
         for side in (*sources, *targets):
+            await side.manager.cancel_all()
+            await side.manager.stop()
+
+
+@pytest.mark.parametrize(("backend", "num_targets", "num_buffers"), [("nccl", 1, 6), ("nccl", 2, 12), ("shm", 2, 2)])
+async def test_a_link_has_its_buffers_before_the_first_transfer(
+    backend: str, num_targets: int, num_buffers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated: list[int] = []
+    empty = torch.empty
+
+    def note(*args: Any, **options: Any) -> torch.Tensor:
+        tensor = empty(*args, **options)
+        allocated.extend([tensor.nbytes] * (tensor.nbytes > 1 << 18))
+        return tensor
+
+    source = Side(0, 20.0, 1 << 20, backend, Shard(0, 1, 2, ROWS))
+    targets = [Side(8 + n, 20.0, 1 << 20, backend, Shard(n, num_targets, 2, ROWS)) for n in range(num_targets)]
+    sides, blocks = [source, *targets], [3, 9, 4]
+    monkeypatch.setattr(torch, "empty", note)
+    try:
+        for side in sides:
+            await side.manager.start()
+        peers = [await target.open_link(source, 1) for target in targets]
+        source.manager.handle(ConnectLink(targets=peers))
+        async with asyncio.timeout(DEADLINE_S):
+            while len(allocated) < num_buffers:  # noqa: ASYNC110 - the links' threads tell nobody
+                await asyncio.sleep(0.01)
+        order: dict[str, Any] = {"transfer_id": "t", "request_id": "t", "block_ids": blocks, "generations": [0] * 3}
+        for target in targets:
+            if not target.manager.one_sided:
+                target.manager.handle(ReceiveBlocks(**order, sources=[source.peer(1)]))
+        source.manager.send(SendBlocks(**order, targets=peers, target_block_ids=blocks))
+        for side in sides if not source.manager.one_sided else [source]:
+            assert (await side.result()).error is None
+        assert len(allocated) == num_buffers
+    finally:
+        for side in sides:
             await side.manager.cancel_all()
             await side.manager.stop()
