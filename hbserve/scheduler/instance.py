@@ -22,6 +22,7 @@ from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
 from hbserve.scheduler.worker import Work, WorkerHandle, phases_of
 from hbserve.scheduler.worker_choice import WorkerChoice
+from hbserve.speculation.measured_gain import GainMeter
 
 
 class InstanceHandle:
@@ -175,6 +176,7 @@ class InstanceHandle:
         peers = [other.timing for other in self.workers.values() if other is not worker and other.role is worker.role]
         predictor = StepTimePredictor(self._curves, worker.percentage)
         worker.timing = DispatchTimer(predictor, max(peers, key=lambda timing: timing.num_samples, default=None))
+        worker.gain = GainMeter()
         worker.prepared_for, worker.prepared_phases = worker.started_as, phases_of(worker.started_as)
         worker.prepared_phases |= phases_of(hello.serves_as)
         if hello.arena_epoch != self.arena_epoch:

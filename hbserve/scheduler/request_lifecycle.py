@@ -324,6 +324,7 @@ class RequestLifecycle:
             index = end
         num_tokens = len(last_token_times) + num_batch_tokens
         worker.work.num_tokens += num_tokens
+        worker.gain.on_result(now, step.tried, num_tokens)
         self.counts["generated_tokens"] += num_tokens
         self._queue.on_step_done(step, result.busy_s)
         self._metrics.on_step_done(worker.id, step, result.busy_s, now, last_token_times, num_batch_tokens)

@@ -26,6 +26,7 @@ from hbserve.metrics.request_metrics import RequestMetrics
 from hbserve.policy.step_time_predictor import StepWork
 from hbserve.scheduler.tiers.tier import StoredRun
 from hbserve.speculation import Draft, Speculator
+from hbserve.speculation.measured_gain import Tried
 
 
 class Phase(StrEnum):
@@ -115,6 +116,7 @@ class InflightStep(msgspec.Struct, eq=False):
         beside_decode: of a prefill step: decode steps may run at the same time; `WorkerChoice` sets it.
         after: id of another worker's step that this one waits for; 0: none.
         is_probe: it belongs to no request, and only its duration is of interest.
+        tried: how its drafts were chosen; None: it has prompts, or no decode rows.
     """
 
     step_id: int
@@ -130,6 +132,7 @@ class InflightStep(msgspec.Struct, eq=False):
     beside_decode: bool = True
     after: int = 0
     is_probe: bool = False
+    tried: Tried | None = None
 
     @property
     def num_passes(self) -> int:

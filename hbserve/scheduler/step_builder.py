@@ -12,6 +12,7 @@ from hbserve.policy.step_time_predictor import StepWork
 from hbserve.scheduler.sequence import InflightRow, KVAllocation, Sequence
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.speculation import Draft
+from hbserve.speculation.measured_gain import Tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class StepBuilder:
 
     def __init__(self, worker: WorkerHandle, is_shared: bool = False) -> None:
         self.worker = worker
-        self._is_shared = is_shared
+        self.is_shared = is_shared
         self._worker_id = worker.id
         self.rows: list[PlanRow] = []
         self.new_sequences: list[SequenceState] = []
@@ -45,6 +46,9 @@ class StepBuilder:
         self.num_tokens = self.num_samples = self.num_drafts = self.num_to_draft = 0
         self.unread_tokens = 0
         self.rounds = 1
+        self.size: tuple[int, bool] | None = None
+        self.num_decoding = self.decoding_keys = 0
+        self.has_looked, self.gain = False, 0.0
         self._unread: list[int] | None = None
         self.num_scores: list[int] = []
         self.prefill_rows = 0
@@ -56,7 +60,15 @@ class StepBuilder:
     def work(self) -> StepWork:
         """The work of its rows."""
         decode_rows = len(self.rows) - self.prefill_rows + self.num_drafts
-        return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs, self._is_shared)
+        return StepWork(decode_rows, self.decode_keys, self.prefill_tokens, self.prefill_pairs, self.is_shared)
+
+    @property
+    def tried(self) -> Tried | None:
+        """How its drafts were chosen; None: it has prompts, or no decode rows."""
+        if self.prefill_rows or self.size is None or not self.num_decoding:
+            return None
+        is_whole = len(self.rows) == self.num_decoding
+        return Tried(self.size, self.num_decoding, self.decoding_keys, self.has_looked, self.gain, is_whole)
 
     def read(self, allocation: KVAllocation, token_ids: list[int]) -> None:
         """Have the draft model read these tokens of the sequence whose row is added next."""

@@ -22,6 +22,7 @@ from hbserve.scheduler.worker import WorkerHandle, phases_of
 from hbserve.scheduler.worker_choice import StepLimit
 from hbserve.speculation import Draft
 from hbserve.speculation.choice import Candidate, Way, choose
+from hbserve.speculation.measured_gain import GainMeter
 from hbserve.speculation.rounds import MAX_ROUNDS
 from hbserve.speculation.speculator import Record
 
@@ -129,6 +130,10 @@ class StepPlanner:
             max_rounds_s: how long all rounds of the step together may take.
         """
         decoding = self._decoding(step, instance, allocations)[:max_rows]
+        step.num_decoding += len(decoding)
+        step.decoding_keys += sum([allocation.num_planned for _, allocation in decoding])
+        if step.size is None:
+            step.size = GainMeter.size_of(len(decoding), step.is_shared)
         drafts = self._choose_drafts(step, instance, decoding, max_rounds_s) if may_draft else _not_without(decoding)
         if drafts is None:
             return False
@@ -163,8 +168,12 @@ class StepPlanner:
         max_rows = min(self._max_rows, self._max_num_batched_tokens) - step.num_tokens - len(decoding)
         if not speculating or max_rows <= 0:
             return {}
+        assert step.size is not None, "the step knows of its decoding sequences"
         if step.worker.num_undrafted % max(1, len(speculating) // _SEQUENCES_PER_LOOK):
             return {}
+        if not step.worker.gain.may_look(step.size):
+            return {}
+        step.has_looked = True
         for sequence, allocation in speculating:
             assert sequence.speculator is not None
             position, tokens = allocation.num_planned, sequence.tokens
@@ -190,7 +199,12 @@ class StepPlanner:
             trusted = sum(candidate.draft.record.max_rounds for candidate in candidates) // len(candidates)
             rounds = max(1, min(rounds, MAX_ROUNDS, trusted))
             gap_s = (gap_s + (rounds - 1) * timing.round_gap_s) / rounds
-        way, lengths = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, timing.read_s)
+        goes_on = not step.worker.num_undrafted
+        choice = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, timing.read_s, goes_on)
+        way, lengths = choice.way, choice.lengths
+        if way is Way.PLAIN or not step.worker.gain.permits(step.size, choice.gain):
+            return {}
+        step.gain = max(step.gain, choice.gain)
         are_known = all(allocation.num_planned < len(sequence.tokens) for sequence, allocation in decoding)
         if way is Way.WHOLE and are_known and not step.worker.inflight:
             step.rounds = rounds
@@ -382,6 +396,7 @@ class StepPlanner:
             prefill_rows=step.prefill_rows,
             prefill_tokens=step.prefill_tokens,
             work=probe or work,
+            tried=None if probe else step.tried,
             after=0 if after is None else after.step_id,
             is_probe=probe is not None,
         )

@@ -11,6 +11,7 @@ from hbserve.messages.worker import Hello, InstanceCommand, StepResult
 from hbserve.policy.dispatch_timer import DispatchTimer
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.sequence import InflightStep
+from hbserve.speculation.measured_gain import GainMeter
 
 _SHORT_STEP_S = 2e-3
 """A round trip (result out, scheduling, plan in, launch) takes about 1 ms."""
@@ -65,6 +66,7 @@ class WorkerHandle:
         last_seen: when its last message came; `WorkerRegistry` sets it.
         inflight: steps that were sent and are not confirmed, oldest first.
         timing: says when the next step is to be planned.
+        gain: says what drafts gain, and whether there may be any.
         is_draining: it gets no more plans where another worker can do its phase, and is told to end when it has
             nothing in flight.
         is_introduced: it has been told of the sequences that ran when it registered.
@@ -94,6 +96,7 @@ class WorkerHandle:
         self.last_seen = clock.now
         self.inflight: deque[InflightStep] = deque()
         self.timing = DispatchTimer()
+        self.gain = GainMeter()
         self.is_draining = False
         self.is_told_to_end = False
         self.is_introduced = False
@@ -140,6 +143,7 @@ class WorkerHandle:
     def begin_step(self, step: InflightStep, now: float, not_before: float) -> None:
         """A step is on its way; for ``not_before`` see `DispatchTimer.on_planned`."""
         self.inflight.append(step)
+        self.gain.on_planned(now, was_idle=len(self.inflight) == 1)
         self.timing.on_planned(step.work, now, not_before, step.num_passes, step.rounds)
 
     def misfit(self, result: StepResult) -> str | None:

@@ -25,6 +25,8 @@ _MIN_GAIN = 1.03
 """Drafts must promise so much more than their cost: predictions are off by a few percent."""
 _MIN_GAIN_OF_STEP = 1.1
 """The same for all drafts of a step together: those that look best are tried, and are a little worse than they look."""
+_MIN_GAIN_TO_GO_ON = 1.03
+"""The same while there are drafts. The first step with drafts and the first one without them cost a gap each."""
 _MORE_FOR_PASSES = 0.25
 """How much more that must be if a draft model's passes are all of the step's time, else their part of it: a draft model
 also reads, and its rounds wait for the host."""
@@ -65,10 +67,15 @@ class Candidate(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The way to go on, and how many draft tokens each candidate gets, in their order."""
+    """The way to go on, and how many draft tokens each candidate gets, in their order.
+
+    Attributes:
+        gain: factor on tokens per second that the drafts promise; 1: there are none.
+    """
 
     way: Way
     lengths: list[int]
+    gain: float = 1.0
 
 
 def choose(
@@ -79,6 +86,7 @@ def choose(
     max_rows: int,
     draft_s: float = 0.0,
     read_s: float = 0.0,
+    goes_on: bool = False,
 ) -> Choice:
     """Choose the drafts of a step.
 
@@ -89,6 +97,7 @@ def choose(
         max_rows: rows that the drafts may add.
         draft_s: time of a forward pass of the draft model; 0: unknown.
         read_s: time in which the draft model reads what it has missed.
+        goes_on: the step before had drafts.
     """
     num_rows = work.decode_rows
     step_s = max(predictor.seconds(work), _MIN_STEP_S)
@@ -116,14 +125,21 @@ def choose(
         num_whole = num_others + num_expected
     if not num_drafting:
         return Choice(Way.PLAIN, lengths)
-    min_gain = _MIN_GAIN_OF_STEP + _MORE_FOR_PASSES * draft_s * num_passes / drafted_s
+    min_gain = (
+        _MIN_GAIN_TO_GO_ON if goes_on else _MIN_GAIN_OF_STEP
+    ) + _MORE_FOR_PASSES * draft_s * num_passes / drafted_s
     ways = {
         Way.PLAIN: num_rows / step_s,
         Way.SPLIT: (2 * num_others + num_expected / min_gain) / (step_s + drafted_s) if num_others else 0.0,
         Way.WHOLE: num_whole / min_gain / (drafted_s + gap_s),
     }
     way = max(ways, key=lambda way: ways[way])
-    return Choice(way, lengths if way is not Way.PLAIN else [0] * len(candidates))
+    if way is Way.PLAIN:
+        return Choice(way, [0] * len(candidates))
+    num_tokens, seconds = num_others + num_expected, drafted_s + gap_s
+    if way is Way.SPLIT:
+        num_tokens, seconds = num_tokens + num_others, drafted_s + step_s
+    return Choice(way, lengths, num_tokens / seconds / ways[Way.PLAIN])
 
 
 def _shrunk(records: Items[Record]) -> list[float]:

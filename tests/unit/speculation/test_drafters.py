@@ -91,7 +91,7 @@ def test_a_liar_costs_a_few_rows_and_is_believed_again_when_it_is_right() -> Non
         for _ in range(200):
             draft = speculator.draft(tokens, 100)
             assert draft is not None
-            _, [length] = choose([Candidate(draft, 100, True)], StepWork(1, 100), model, 0.001, 100)
+            _, [length], _ = choose([Candidate(draft, 100, True)], StepWork(1, 100), model, 0.001, 100)
             rows.append(length)
             tokens.append(0 if right else 1)
     assert sum(rows[:200]) < 40
@@ -207,19 +207,19 @@ def candidate(num_drafts: int = 7, acceptance: float = 0.7, is_known: bool = Tru
 
 def test_a_lone_stream_drafts_long_and_a_batch_that_computes_does_not() -> None:
     cheap, dear = predictor(4.0, 0.02), predictor(1.0, 1.0)
-    way, lengths = choose([candidate()], StepWork(1, 100), cheap, gap_s=0.001, max_rows=100)
+    way, lengths, _ = choose([candidate()], StepWork(1, 100), cheap, gap_s=0.001, max_rows=100)
     assert (way, lengths) == (Way.WHOLE, [7])
-    way, lengths = choose([candidate()] * 64, StepWork(64, 6400), dear, gap_s=0.001, max_rows=1000)
+    way, lengths, _ = choose([candidate()] * 64, StepWork(64, 6400), dear, gap_s=0.001, max_rows=1000)
     assert (way, lengths) == (Way.PLAIN, [0] * 64)
-    way, lengths = choose([candidate(acceptance=0.3)] * 256, StepWork(256, 25600), predictor(4.0, 0.02), 0.001, 1000)
+    way, lengths, _ = choose([candidate(acceptance=0.3)] * 256, StepWork(256, 25600), predictor(4.0, 0.02), 0.001, 1000)
     assert way is Way.PLAIN
 
 
 def test_drafts_stay_within_the_rows_that_are_left_and_the_best_come_first() -> None:
     candidates = [candidate(acceptance=0.5), candidate(acceptance=0.9)]
-    _, lengths = choose(candidates, StepWork(2, 200), predictor(4.0, 0.0), gap_s=0.0, max_rows=5)
+    _, lengths, _ = choose(candidates, StepWork(2, 200), predictor(4.0, 0.0), gap_s=0.0, max_rows=5)
     assert lengths == [0, 5]
-    way, lengths = choose(candidates, StepWork(2, 200), predictor(4.0, 0.0), gap_s=0.0, max_rows=-3)
+    way, lengths, _ = choose(candidates, StepWork(2, 200), predictor(4.0, 0.0), gap_s=0.0, max_rows=-3)
     assert (way, lengths) == (Way.PLAIN, [0, 0])
 
 
@@ -235,7 +235,7 @@ def test_a_step_waits_for_drafts_only_where_that_pays() -> None:
 def test_a_late_sequence_tries_more() -> None:
     late = candidate(acceptance=0.7)._replace(is_late=True)
     pair, dear = StepWork(2, 200), predictor(1.0, 1.5)
-    _, lengths = choose([candidate(acceptance=0.7), late], pair, dear, gap_s=0.0, max_rows=100)
+    _, lengths, _ = choose([candidate(acceptance=0.7), late], pair, dear, gap_s=0.0, max_rows=100)
     assert lengths[1] > lengths[0]
 
 
