@@ -58,6 +58,7 @@ class LearntPoints:
     def __init__(self) -> None:
         self._bins: dict[tuple[int, ...], _Bin] = {}
         self._too_large: set[ProbeSize] = set()
+        self._slow: set[ProbeSize] = set()
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Note how long a step took. Steps with several short prompts have no place in a profile, and are left out."""
@@ -88,8 +89,10 @@ class LearntPoints:
         for size in _probes():
             if size in self._too_large or not _fits(size, limits):
                 continue
+            if any(size != slow and _covers(size, slow) for slow in self._slow):
+                continue
             found = self._bins.get(_key(size))
-            num_seen = 0 if found is None else len(found.times)
+            num_seen = (0 if found is None else len(found.times)) + (size in self._slow)
             if num_seen >= _NUM_NEEDED or (wanted is not None and num_seen >= wanted[0]):
                 continue
             if estimate_s(size.work) > max_s or (found is None and len(self._bins) >= _MAX_BINS):
@@ -97,6 +100,20 @@ class LearntPoints:
             else:
                 wanted = num_seen, size
         return None if wanted is None else wanted[1]
+
+    def on_probed(self, size: ProbeSize, seconds: float, max_s: float) -> None:
+        """Note how long a step of a probe took.
+
+        One that took longer than ``max_s`` is no point. Its size is tried once more, because something may have been in
+        its way, and larger ones wait for that. If it is as slow again, neither is tried any more.
+        """
+        if seconds <= max_s:
+            self._slow.discard(size)
+            self.observe(size.work, seconds)
+        elif size in self._slow:
+            self._too_large |= {other for other in _probes() if _covers(other, size)}
+        else:
+            self._slow.add(size)
 
     @property
     def num_points(self) -> int:
@@ -146,6 +163,11 @@ def _probes() -> Iterator[ProbeSize]:
         yield ProbeSize(tokens, context)
     for tokens, rows, context in _MIXED:
         yield ProbeSize(tokens, 0, rows, context)
+
+
+def _covers(size: ProbeSize, other: ProbeSize) -> bool:
+    """Whether a size is at least as large as another one in every number."""
+    return all(a >= b for a, b in zip(size, other, strict=True))
 
 
 def _fits(size: ProbeSize, limits: ProbeLimits) -> bool:

@@ -2,17 +2,19 @@
 
     no request for _IDLE_S ──► probe: two equal steps, the second counts ──► _PAUSE_S ──► next probe ──► … ──► profile
 
-A probe writes to blocks of its own, at most a sixteenth of the pool, and reads only these. A request that comes while
-a probe runs is planned at once and computed behind it, so it waits for `_MAX_PROBE_S` at most, as far as step times
-can be predicted. (The first probe of each kind is one sequence or 64 prompt tokens.)
+A probe writes to blocks of its own, at most a sixteenth of the pool, and reads only these. Its steps are planned one
+at a time, and a request that comes ends it: the request waits for one step, of `_MAX_PROBE_S` at most as far as step
+times can be predicted. (The first probe of each kind is one sequence or 64 prompt tokens.) A size that took
+longer twice is not tried again, and neither are larger ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hbserve.config import Config, InstanceRole
 from hbserve.kv_cache.block_pool import BlockPool
+from hbserve.messages.worker import PlanRow, SequenceState
 from hbserve.policy.learnt_points import LearntPoints, ProbeLimits
 from hbserve.policy.probe_step import ProbeSize, probe_rows
 from hbserve.scheduler.core_io import Clock, OutboxWriter
@@ -27,22 +29,25 @@ _IDLE_S = 1.0
 _PAUSE_S = 0.25
 """Time between two probes. With the next value it bounds the share of requests that meet one."""
 _MAX_PROBE_S = 0.06
-"""Longest probe, both steps together. A single step may take as long; then it counts although none was before it."""
+"""Longest step of a probe."""
 _POOL_SHARE = 16
 _STEPS = 2
+"""Steps of a probe: the first one may find the device's clocks low."""
 _ENOUGH_TIME_S = 600.0
 """A system that is never idle keeps what its own steps have shown by then, if that is enough."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Probe:
-    """A probe under way: its steps that are not confirmed, and its blocks, which are pinned until they are."""
+    """A probe under way, with the times of its steps so far. Its blocks are pinned until it ends."""
 
     instance: InstanceHandle
     arena_epoch: int
     size: ProbeSize
+    rows: list[PlanRow]
     pool: BlockPool
     owner: str
+    times_s: list[float] = field(default_factory=list)
 
 
 class ProfileLearner:
@@ -88,17 +93,18 @@ class ProfileLearner:
         if not step.is_probe:
             if step.work is not None and instance.role is InstanceRole.UNIFIED:
                 self._points.observe(step.work, busy_s)
-        elif probe is not None and probe.instance is instance and not _has_probe_in_flight(instance):
-            self._points.observe(probe.size.work, busy_s)
-            self._end_probe(probe)
+        elif probe is not None and probe.instance is instance:
+            probe.times_s.append(busy_s)
 
     def proceed(self) -> None:
         """Begin a probe if it is time for one; make the profile if there is nothing left to learn."""
         if self._is_over:
             return
         now = self._clock.now
-        if self._probe is not None and self._probe.instance.arena_epoch != self._probe.arena_epoch:
-            self._probe = None  # its worker is lost, and the memory with it
+        if self._probe is not None:
+            self._go_on(self._probe)
+        if self._probe is not None:
+            return
         if len(self._requests):
             self._idle_since = None
             if now - self._started_at > _ENOUGH_TIME_S and self._points.is_enough:
@@ -106,8 +112,6 @@ class ProfileLearner:
             return
         if self._idle_since is None:
             self._idle_since = now
-        if self._probe is not None:
-            return
         at = max(self._idle_since + _IDLE_S, self._next_at)
         if now < at:
             self._clock.call_at(at)
@@ -134,11 +138,29 @@ class ProfileLearner:
         if blocks is None:
             return
         pool.pin(owner)
-        self._probe = _Probe(instance, instance.arena_epoch, size, pool, owner)
         states, rows = probe_rows(size, blocks, pool.block_size)
-        num_steps = _STEPS if _STEPS * predictor.estimate_s(size.work) <= _MAX_PROBE_S else 1
-        for number in range(num_steps):
-            self._planner.plan_probe(instance, worker, rows, states if number == 0 else [], size.work)
+        self._probe = _Probe(instance, instance.arena_epoch, size, rows, pool, owner)
+        self._plan_step(self._probe, states)
+
+    def _plan_step(self, probe: _Probe, states: list[SequenceState]) -> None:
+        [worker] = probe.instance.workers.values()
+        self._planner.plan_probe(probe.instance, worker, probe.rows, states, probe.size.work)
+
+    def _go_on(self, probe: _Probe) -> None:
+        """Plan the next step of a probe, or end it after its last one, or because a request has come."""
+        if probe.instance.arena_epoch != probe.arena_epoch:
+            self._probe = None  # its worker is lost, and the memory with it
+            return
+        if _has_probe_in_flight(probe.instance) or not probe.instance.ready:
+            return
+        assert probe.times_s, "a step that is not confirmed has lost its worker"
+        latest_s = probe.times_s[-1]
+        if len(probe.times_s) == _STEPS or latest_s > _MAX_PROBE_S:
+            self._points.on_probed(probe.size, latest_s, _MAX_PROBE_S)
+        elif _may_probe(probe.instance) and not len(self._requests):
+            self._plan_step(probe, [])
+            return
+        self._end_probe(probe)
 
     def _end_probe(self, probe: _Probe) -> None:
         probe.pool.free(probe.owner)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import pytest
-from msgspec import structs
 
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.messages.client import AddRequest, OutputBatch
@@ -17,7 +17,7 @@ from hbserve.policy.profile_file import LearntProfile, load_profile, profiled_pr
 from hbserve.policy.step_profile import StepProfile
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.scheduler.core_io import FromClient, FromWorker, Start
-from hbserve.scheduler.learning.profile_learner import _IDLE_S, _MAX_PROBE_S
+from hbserve.scheduler.learning.profile_learner import _IDLE_S
 from hbserve.scheduler.scheduler import CpuScheduler
 from tests.support.hellos import hello
 from tests.support.paths import ROOT
@@ -44,6 +44,7 @@ class Worker:
         self._running: list[tuple[float, StepResult]] = []
         self._contexts: dict[int, int] = {}
         self.learnt: StepProfile | None = None
+        self.slow_tokens, self.num_slow, self.max_slow = math.inf, 0, 99
         self.step([FromWorker(1, hello(num_blocks=num_blocks, max_model_len=16_384))])
 
     def step(self, inbox: list[FromWorker | FromClient] | None = None) -> None:
@@ -67,9 +68,12 @@ class Worker:
                 work[2] += row.num_tokens
                 work[3] += num_pairs(row.num_tokens, row.start)
         busy_s = seconds(StepWork(*work))
+        if work[2] >= self.slow_tokens and self.num_slow < self.max_slow:
+            self.num_slow += 1
+            busy_s += 1.0
         self.free_at = max(self.now, self.free_at) + busy_s
         tokens = [5] * sum(row.sample for row in plan.rows)
-        result = StepResult(epoch=1, step_id=plan.step_id, token_ids=tokens, logprobs=None, busy_s=busy_s)
+        result = StepResult(epoch=plan.epoch, step_id=plan.step_id, token_ids=tokens, logprobs=None, busy_s=busy_s)
         self._running.append((self.free_at, result))
         self.probes += [self.free_at] * (not self.scheduler.counts["requests"])
 
@@ -121,13 +125,36 @@ def test_a_request_waits_for_one_probe_at_most_and_steps_of_requests_are_learnt_
         worker.run(asked + 1.0)
         alone_s = seconds(StepWork(0, 0, 100, num_pairs(100, 0)))
         waits.append(worker.outputs["a"] - asked - alone_s)
-    assert max(waits) <= _MAX_PROBE_S
+    assert max(waits) <= seconds(ProbeSize(decode_rows=1, decode_context=512).work), "one step, not both"
     assert min(waits) == pytest.approx(0.0, abs=1e-9)
     worker = Worker()
     for number in range(60):  # never idle for long enough
         worker.ask(f"r{number}", 40 * (1 + number % 4), max_tokens=20)
         worker.run(worker.now + 0.5)
     assert worker.scheduler._stats.collect(recent=False)["profile"]["points"] >= 4
+
+
+def test_a_request_ends_a_probe_and_sizes_that_are_slow_are_not_tried_for_ever() -> None:
+    worker = Worker()
+    worker.run(_IDLE_S + 0.001)
+    assert len(worker.probes) == 1, "steps of a probe are planned one at a time"
+    worker.ask("a", 100)
+    worker.run(worker.now + 0.9)
+    assert len(worker.probes) == 1
+    assert "a" in worker.outputs
+    pool = worker.scheduler.instances["unified-0"].pool
+    pool.check_consistency()
+    assert pool.num_free_blocks == pool.total_blocks
+    worker = Worker()
+    worker.slow_tokens = 500
+    worker.run(60.0)
+    assert worker.num_slow == 2, "once more, and no larger one"
+    worker = Worker()
+    worker.slow_tokens, worker.max_slow = 500, 1
+    worker.run(60.0)
+    assert worker.num_slow == 1
+    assert worker.learnt is not None, "a disturbance spoils nothing"
+    assert max(point.prompt_tokens for point in worker.learnt.steps) == 2048
 
 
 def test_a_lost_worker_takes_its_probe_with_it() -> None:
@@ -140,7 +167,6 @@ def test_a_lost_worker_takes_its_probe_with_it() -> None:
     assert len(worker.probes) > before, "the new memory is probed"
     worker._running.clear()
     worker.step([FromWorker(1, hello(epoch=3, arena_epoch=3, num_blocks=32, max_model_len=16_384))])
-    worker._running = [(at, structs.replace(result, epoch=3)) for at, result in worker._running]
     worker.run(worker.now + 0.2)
     pool = worker.scheduler.instances["unified-0"].pool
     assert pool.num_free_blocks == pool.total_blocks == 32
