@@ -123,6 +123,9 @@ class ModelSpec:
             f"norms of kind {family.norm}": family.norm != "rms",
             "norms of a block's output": family.norms != LayerNorms(),
             "norms of whole projections": family.qk_norm == "projection",
+            "norms after the rotary embedding": family.has_qk_norm_after_rope,
+            "a feed-forward layer beside attention": family.is_parallel,
+            "queries that grow with their positions": any(rope and rope.query_growth for rope in self.ropes),
             f"the activation {self.activation}": self.activation != "silu",
             "a feed-forward layer without gate": not family.is_gated,
             "a factor of the residual": self.scales.residual != 1,
@@ -219,6 +222,9 @@ def _family(document: dict[str, Any]) -> tuple[str, Family]:
     if family is None:
         hint = nearest(architectures[0], [*BY_ARCHITECTURE])
         raise ModelError(f"architecture {architectures[0]!r} is not supported{hint}. `hbserve models` lists all")
+    other = FAMILIES.get(model_type or "")
+    if other is not None and other.saved_as == family.architecture:
+        return other.model_type, other
     if model_type and model_type != family.model_type:
         raise ModelError(
             f"architectures names {architectures[0]}, which is of model_type {family.model_type!r}, but model_type is "

@@ -13,7 +13,16 @@ from hbserve.errors import ModelError
 from hbserve.model_families.declaration import Family
 from hbserve.model_files import reason_of, shown, whole_number
 
-_ROPE_COEFFICIENTS = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "partial_rotary_factor")
+_ROPE_COEFFICIENTS = (
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "beta_fast",
+    "beta_slow",
+    "partial_rotary_factor",
+    "alpha",
+    "llama_4_scaling_beta",
+)
 
 _MAX_PAIRS = 1 << 15
 
@@ -49,6 +58,8 @@ class RopeSpec:
         magnitude: factor of cosines and sines (YaRN, section 3.3).
         rotated_dim: number of dimensions of a head that turn, the first ones; None: all.
         is_interleaved: pairs are neighbouring dimensions, not half of the turning ones apart.
+        query_growth: b, which makes the queries of position p ``1 + b * log(1 + floor(p / c))`` times as long, for
+            ``c = original_max_position_embeddings`` (Llama 4, Meta 2025); 0: they stay as they are.
     """
 
     theta: float
@@ -64,6 +75,7 @@ class RopeSpec:
     magnitude: float = 1.0
     rotated_dim: int | None = None
     is_interleaved: bool = False
+    query_growth: float = 0.0
 
 
 def check_rope_numbers(document: dict[str, Any]) -> None:
@@ -174,7 +186,10 @@ def _rope(family: Family, parameters: Mapping[str, Any], head_dim: int, longest:
     if kind == "dynamic":
         # It stretches only sequences longer than max_position_embeddings, and HBServe serves none.
         kind, names = "default", ()
-    given = {"theta": parameters["rope_theta"], "kind": kind}
+    theta = parameters["rope_theta"]
+    if family.has_rope_alpha and parameters["rope_type"] == "dynamic" and parameters.get("alpha"):
+        theta *= parameters["alpha"] ** (head_dim / (head_dim - 2))
+    given = {"theta": theta, "kind": kind}
     given |= {name: parameters[name] for name in names if name not in _ROPE_LISTS}
     given |= {"is_interleaved": family.is_interleaved, "rotated_dim": None if rotated_dim == head_dim else rotated_dim}
     if kind == "yarn":
@@ -189,6 +204,8 @@ def _rope(family: Family, parameters: Mapping[str, Any], head_dim: int, longest:
             raise ModelError(f"rope parameters: {name} must be positive, got {value}")
     if kind == "yarn":
         given["magnitude"] = _yarn_magnitude(parameters)
+        if family.has_query_growth:
+            given["query_growth"] = parameters.get("llama_4_scaling_beta") or 0.0
         if given["theta"] <= 1:
             raise ModelError(f"rope parameters: theta must be greater than 1 for yarn, got {given['theta']}")
     if kind == "longrope":

@@ -5,6 +5,7 @@
     gemma_rms  round((1 + w) * x / sqrt(m + eps))
     layer      w * (x - mean) / sqrt(variance + eps) + b    Ba et al. 2016; the parameters are ``w | b`` in one vector
     layer_1p   the same with 1 + w
+    plain_layer  round(w * (x - mean) / sqrt(variance + eps)), without b
 
 ``round`` is to the dtype of x; all else is computed in float32. In bfloat16 the order of both changes the result.
 """
@@ -45,10 +46,15 @@ def _layer_norm_1p(x: Tensor, parameters: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight + 1, bias, eps)
 
 
+def _plain_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x.float(), weight.shape, weight.float(), None, eps).to(x.dtype)
+
+
 NORMS: dict[NormKind, Norm] = {
     "rms": rms_norm,
     "olmo_rms": _olmo_rms_norm,
     "gemma_rms": _gemma_rms_norm,
     "layer": _layer_norm,
     "layer_1p": _layer_norm_1p,
+    "plain_layer": _plain_layer_norm,
 }

@@ -44,6 +44,7 @@ class ResidualStream:
 
     Attributes:
         total: ``[tokens, hidden]``.
+        block_input: same shape, what both blocks of a layer read, where they are parallel.
         pending: same shape, a layer's output that is not yet in ``total``. The next norm adds it, because that norm
             reads both tensors anyway.
         sum_and_norm: set if ``pending`` is only this rank's part of the output; computes the next norm.
@@ -52,6 +53,7 @@ class ResidualStream:
     total: Tensor
     pending: Tensor | None = None
     sum_and_norm: SumAndNorm | None = None
+    block_input: Tensor | None = None
 
 
 class LayerOps:
@@ -74,6 +76,7 @@ class LayerOps:
         self._norm, self._add_norm_ = NORMS[family.norm], self._add_then_norm
         self._activate = make_activation(spec.activation, family.is_gated)
         self._is_gated, self._norms_projections = family.is_gated, family.qk_norm == "projection"
+        self._norms_after_rope = family.has_qk_norm_after_rope
         self._residual_scale = spec.scales.residual
         self._experts = spec.experts
         self.expert_totals: Tensor | None = None
@@ -218,7 +221,7 @@ class LayerOps:
     def rotate_and_store(
         self, qkv: Tensor, norms: HeadNorms, positions: Tensor, attention: Attention, layer: int, out: Tensor
     ) -> None:
-        """Norm q and k, rotate them by their positions; write k and v to the cache and q to ``out``.
+        """Norm q and k, before or after a rotation by their positions; write k and v to the cache and q to ``out``.
 
         Args:
             qkv: ``[tokens, (heads + 2 kv heads) * head_dim]``.
@@ -231,12 +234,16 @@ class LayerOps:
         if self._norms_projections:
             assert norms is not None, "the family has norms of whole projections"
             q, k = self._norm_projections(q, k, *norms)
-        elif norms is not None:
+        elif norms is not None and not self._norms_after_rope:
             q, k = self._norm(q, norms[0], self.eps), self._norm(k, norms[1], self.eps)
         rotary = self.rotaries[layer]
         if rotary is not None:
             angles = rotary.angles(positions)
             q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
+            if rotary.query_growth:
+                q = q * rotary.query_lengths(positions)[:, None, None].to(q.dtype)
+        if norms is not None and self._norms_after_rope:
+            q, k = self._norm(q, norms[0], self.eps), self._norm(k, norms[1], self.eps)
         attention.store(layer, k, v)
         out.copy_(q)
 

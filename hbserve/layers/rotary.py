@@ -33,6 +33,7 @@ class RotaryEmbedding:
         rotated_dim: number of dimensions of a head that turn, the first ones.
         is_interleaved: pairs are neighbouring dimensions.
         inverse_frequencies: float32 ``[rotated_dim / 2]``. magnitude: factor of cosines and sines.
+        query_growth: see `RopeSpec`.
     """
 
     def __init__(self, rope: RopeSpec, head_dim: int, device: torch.device) -> None:
@@ -41,7 +42,12 @@ class RotaryEmbedding:
         self.is_interleaved = rope.is_interleaved
         self._rotate = rotate_neighbours if rope.is_interleaved else rotate
         self.inverse_frequencies = inverse_frequencies(rope, self.rotated_dim).to(device)
-        self.magnitude = rope.magnitude
+        self.magnitude, self.query_growth = rope.magnitude, rope.query_growth
+        self._original_context = rope.original_max_position_embeddings
+
+    def query_lengths(self, positions: Tensor) -> Tensor:
+        """Compute factors of queries, float32 ``[tokens]``; see `RopeSpec.query_growth`."""
+        return 1 + self.query_growth * torch.log(1 + torch.floor(positions / self._original_context))
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Compute cosine and sine, float32 ``[tokens, 1, pairs]``, of integer positions ``[tokens]``."""

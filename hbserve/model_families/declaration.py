@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-NormKind = Literal["rms", "olmo_rms", "gemma_rms", "layer", "layer_1p"]
+NormKind = Literal["rms", "olmo_rms", "gemma_rms", "layer", "layer_1p", "plain_layer"]
 """Kinds of norms; `hbserve.layers.norms` has the formulae."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
@@ -108,11 +108,15 @@ class Family:
 
     Attributes:
         model_type, architecture: its two names in ``config.json``.
+        saved_as: architecture that transformers writes instead, because its class has no code of its own.
         norm: kind of all its norms.
         norms: where a layer has norms.
+        is_parallel: the feed-forward layer reads what attention reads, not the sum with its output (Wang and
+            Komatsuzaki 2021, GPT-J).
         qk_norm: RMS norms of queries and keys before the rotary embedding: of each ``head``, or of the whole
             ``projection``; None: there are none. ``qk_norm_key`` is a key of ``config.json`` without which there are
-            none; None: no key matters.
+            none; None: no key matters. ``qk_norm_names`` are their names in the checkpoint.
+        has_qk_norm_after_rope: these norms come after the rotary embedding instead.
         qkv, up: names of matrices that read one input, in the order of their rows. One name for several matrices is a
             tensor that holds all of them.
         mlp: name of the feed-forward layer.
@@ -125,6 +129,8 @@ class Family:
         norm_eps_key: key of the norms' epsilon.
         is_partly_rotated: ``partial_rotary_factor`` is the rotated part of each head.
         is_interleaved: pairs of the rotary embedding are neighbours, not half a head apart.
+        has_rope_alpha: ``alpha`` of a ``dynamic`` rotary embedding stretches all contexts.
+        has_query_growth: ``llama_4_scaling_beta`` of a ``yarn`` rotary embedding makes late queries longer.
         has_rope_by_type: ``rope_parameters`` has one entry for each type of layer.
         rotated_layers: reads from transformers' configuration, for each layer, whether it has a rotary embedding; None:
             all have one.
@@ -150,10 +156,14 @@ class Family:
 
     model_type: str
     architecture: str
+    saved_as: str | None = None
     norm: NormKind = "rms"
     norms: LayerNorms = LayerNorms()
+    is_parallel: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     qk_norm_key: str | None = None
+    qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
+    has_qk_norm_after_rope: bool = False
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     o: str = "o_proj"
     mlp: str = "mlp"
@@ -169,6 +179,8 @@ class Family:
     norm_eps_key: str = "rms_norm_eps"
     is_partly_rotated: bool = False
     is_interleaved: bool = False
+    has_rope_alpha: bool = False
+    has_query_growth: bool = False
     has_rope_by_type: bool = False
     rotated_layers: Callable[[Any], Any] | None = None
     has_draft_layers: bool = False

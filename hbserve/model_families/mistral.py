@@ -1,7 +1,8 @@
 """Mistral (Jiang et al. 2023): Llama without biases, with a sliding window in all layers or in none.
 
-Ministral (2024) has windows by layer, Mixtral (Jiang et al. 2024) a mixture of experts in every layer.
-MiniMax-M2 (MiniMax 2025) chooses such experts by sigmoids with a bias, and has norms of whole projections.
+Ministral (2024) has windows by layer, Ministral 3 (2025) queries that grow with their positions, and Mixtral (Jiang et
+al. 2024) a mixture of experts in every layer. MiniMax-M2 (MiniMax 2025) chooses such experts by sigmoids with a bias,
+and has norms of whole projections.
 """
 
 from typing import Any
@@ -34,6 +35,8 @@ def _minimax_experts(config: Any) -> Experts:
 MISTRAL = Family("mistral", "MistralForCausalLM", windows="uniform")
 
 MINISTRAL = Family("ministral", "MinistralForCausalLM", windows="by_layer")
+
+MINISTRAL3 = Family("ministral3", "Ministral3ForCausalLM", has_query_growth=True, windows="uniform")
 
 MIXTRAL = Family(
     "mixtral",

@@ -199,7 +199,11 @@ class Decoder:
     ) -> None:
         """Compute a layer up to its attention: write queries to ``q``, keys and values to the cache."""
         layer, ops = self.layers[index], self._ops
-        qkv = ops.norm_linear(stream, layer.attention_in_norm, layer.qkv)
+        if self.spec.family.is_parallel:
+            stream.block_input = ops.norm(stream, layer.attention_in_norm)
+            qkv = ops.linear(stream.block_input, layer.qkv)
+        else:
+            qkv = ops.norm_linear(stream, layer.attention_in_norm, layer.qkv)
         if self.taps is not None:  # the norm has added what was pending to the stream
             self.taps.take(index, stream.total, attention.slot_mapping)
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
@@ -215,7 +219,11 @@ class Decoder:
             )
             return
         up, down = layer.mlp
-        inner = ops.norm_up_linear(stream, layer.mlp_in_norm, up, reader=down)
+        source = stream
+        if stream.block_input is not None:
+            ops.norm(stream, None)  # adds the output of attention
+            source = ResidualStream(stream.block_input)
+        inner = ops.norm_up_linear(source, layer.mlp_in_norm, up, reader=down)
         ops.add_linear(stream, inner, down, layer.mlp_out_norm)
 
     def finish(self, stream: ResidualStream) -> Tensor:

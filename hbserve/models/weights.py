@@ -181,9 +181,9 @@ class Sharding:
         yield from self._column_parallel("qkv", spec.qkv_bias, attention, family.qkv, [q, k, k], spec.weight_format)
         if family.qk_norm is not None and spec.has_qk_norm:
             whole = _Slice(head_dim, [0, head_dim])
-            for name, rows in (("q_norm", q), ("k_norm", k)):
+            for name, source, rows in zip(("q_norm", "k_norm"), family.qk_norm_names, (q, k), strict=True):
                 size, bounds = rows if family.qk_norm == "projection" else whole
-                yield name, (_part(f"{attention}{name}.weight", (size,), *bounds),)
+                yield name, (_part(f"{attention}{source}.weight", (size,), *bounds),)
         yield from self._row_parallel("o", spec.o_bias, f"{attention}{family.o}", q, spec.weight_format)
         if spec.experts is not None and spec.experts.layers[layer]:
             yield from self._experts(mlp, spec.experts)

@@ -344,6 +344,34 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_num_shared_experts": 1,
         "tie_word_embeddings": True,
     },
+    "ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 32,
+        "rope_parameters": _YARN_ROPE | {"llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "internlm3": {"model_type": "internlm3", "head_dim": 16, "qkv_bias": True, "bias": True},
+    "cohere": {"model_type": "cohere", "tie_word_embeddings": True, "logit_scale": 0.25},
+    "cohere2": {
+        "model_type": "cohere2",
+        "tie_word_embeddings": True,
+        "logit_scale": 0.25,
+        "attention_bias": True,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "hunyuan": {
+        "model_type": "hunyuan_v1_dense",
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
+    },
+    "hunyuan_moe": {
+        "model_type": "hunyuan_v1_moe",
+        "head_dim": 32,
+        "num_experts": 6,
+        "moe_topk": 2,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
+    },
     "gpt_oss": {
         "model_type": "gpt_oss",
         "head_dim": 32,
@@ -368,6 +396,7 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 _SHARED = (
     *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
     *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
+    *("ministral3", "internlm3", "cohere", "hunyuan", "hunyuan_moe"),
     *("granitemoeshared", "granite4", "gemma3_with_images", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]

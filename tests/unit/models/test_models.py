@@ -264,6 +264,7 @@ def test_table_survives_the_wire_and_attaches_elsewhere(tmp_path: Path) -> None:
         ("qwen2_moe", 2, True, 320, True),
         ("glm4_moe_groups", 2, False, 320, True),
         ("glm4_moe", 2, True, 320, False),
+        ("cohere2", 2, False, 320, False),
         ("gpt_oss", 2, False, 320, False),
         ("gpt_oss", 2, False, 320, True),
     ],

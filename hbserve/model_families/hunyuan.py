@@ -1,0 +1,46 @@
+"""Hunyuan (Tencent 2025), dense and with a mixture of experts: norms of q and k after the rotary embedding."""
+
+from typing import Any
+
+from hbserve.model_families.declaration import Experts, Family
+
+
+def _experts(config: Any) -> Experts:
+    numbers = config.moe_topk if isinstance(config.moe_topk, list) else [config.moe_topk]
+    if len({*numbers}) != 1:
+        raise ValueError("moe_topk differs by layer")
+    return Experts(
+        num_experts=config.num_experts,
+        num_chosen=numbers[0],
+        inner_size=config.intermediate_size,
+        is_renormalised=True,
+        layers=(True,) * config.num_hidden_layers,
+        shared_size=config.intermediate_size,
+    )
+
+
+HUNYUAN = Family(
+    "hunyuan_v1_dense",
+    "HunYuanDenseV1ForCausalLM",
+    qk_norm="head",
+    qk_norm_names=("query_layernorm", "key_layernorm"),
+    has_qk_norm_after_rope=True,
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    has_rope_alpha=True,
+)
+
+HUNYUAN_MOE = Family(
+    "hunyuan_v1_moe",
+    "HunYuanMoEV1ForCausalLM",
+    qk_norm="head",
+    qk_norm_names=("query_layernorm", "key_layernorm"),
+    has_qk_norm_after_rope=True,
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    has_rope_alpha=True,
+    experts=_experts,
+    router="gate.wg",
+    shared_expert="mlp.shared_mlp",
+    keys=("num_experts", "num_local_experts", "moe_topk", "num_experts_per_tok"),
+)
