@@ -17,6 +17,7 @@ from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.config import InstanceRole
 from hbserve.errors import ConfigError
+from hbserve.messages.worker import InstanceCommand, StepPlan
 from hbserve.policy.profile_file import profiled_predictor
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.simulate import __main__ as command
@@ -62,6 +63,27 @@ def test_a_lone_request_takes_what_its_steps_and_plans_take() -> None:
         system.serve([request])
         assert request.ttft_ms == pytest.approx(prompt_ms(2048, 100) + 1000 * PLAN_DELAY_S)
         assert request.tpot_ms == pytest.approx(decode_ms(2048 + 6, 100), rel=0.03)
+
+
+def test_a_prompt_is_in_the_first_step_that_is_planned_after_it_came() -> None:
+    system = unified()
+    plans: list[tuple[float, set[int]]] = []
+    [worker] = system.devices["unified-0"].workers
+    on_command = worker.on_command
+
+    def note(message: InstanceCommand) -> None:
+        if isinstance(message, StepPlan):
+            new = {state.num_prompt_tokens for state in message.new_sequences}
+            plans.append((system.clock.now, new))
+        on_command(message)
+
+    worker.on_command = note
+    streams = [SimulatedRequest(0.001 * number, 100 + number, 300) for number in range(48)]
+    comers = [SimulatedRequest(1.0 + 0.0877 * number, 1000 + number, 20) for number in range(20)]
+    system.serve([*streams, *comers])
+    for request in comers:
+        new = next(new for planned_at, new in plans if planned_at >= request.arrival)
+        assert request.prompt_tokens in new
 
 
 def test_right_guesses_save_time_in_every_mode() -> None:
