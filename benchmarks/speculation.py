@@ -8,6 +8,10 @@ on seed and position alone. So a last bit of the logits changes at most one toke
 With ``--draft-model`` a second system drafts with that model, or with a random EAGLE-3 head of the model's own sizes.
 It computes every guess, and `benchmarks.forced_drafts` replaces the guess by one that is right with that probability.
 
+With ``--method`` the engine has that method. It is measured, too, on outputs that repeat nothing (``own``): its
+drafters then find hardly any guess, and what is left is their cost. `benchmarks.forced_drafts` turns them off for all
+other runs.
+
     rate     output tokens per second, of all requests together, from the first request to the last token
     tpot     mean of the requests' times per output token; unlike the rate it does not depend on the last request alone
     step     time of the device for a step, and tokens of a sequence in one step; both without the steps of prompts
@@ -39,12 +43,14 @@ from hbserve.model_files import read_config
 from hbserve.system.prompt_batch import as_batch, generate_all
 
 _TEMPERATURE = 100.0
+_Plain = tuple[list[list[int]], list[SamplingParams], list[list[int]], dict[str, float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; see `run`."""
     parser.add_argument("--model", default="qwen3-8b", help="folder or shape of a model")
     parser.add_argument("--draft-model", help="folder or shape of a draft model; or eagle3, for a head")
+    parser.add_argument("--method", help="measure this speculation method, too, where nothing repeats")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 32, 256], help="requests at a time")
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.89, 0.7, 0.0], help="right guesses, 0 to 1")
     parser.add_argument("--prompt-tokens", type=positive, default=128)
@@ -62,9 +68,41 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model = find_model(arguments.model)
     engine = engine_arguments(arguments, model)
     lines: list[dict[str, Any]] = []
+    plain: dict[int, _Plain] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        forced = Path(folder) / "forced.json"
+        os.environ["HBSERVE_FORCED_DRAFTS"] = str(forced)
+        sys.path.insert(0, str(Path(__file__).parent / "forced_drafts"))  # child processes get it as their PYTHONPATH
+        device = _run_text(arguments, str(model), engine, forced, plain, lines)
+        if arguments.draft_model is not None:
+            print(f"with the draft model {arguments.draft_model}", flush=True)
+            _run_draft_model(arguments, str(model), engine, forced, plain, lines)
+    if arguments.repeats > 1:
+        _print_summary(lines)
+    result = {"model": model.name, "device": device, "engine": engine, "waves": arguments.waves, "lines": lines}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _run_text(
+    arguments: argparse.Namespace,
+    model: str,
+    engine: dict[str, Any],
+    forced: Path,
+    plain: dict[int, _Plain],
+    lines: list[dict[str, Any]],
+) -> str:
+    """Measure drafts from text; returns the device's name.
+
+    Args:
+        forced: the file for `benchmarks.forced_drafts`.
+        plain: by batch, prompts, sampling, outputs, and what was measured without drafts: filled here.
+    """
+    forced.write_text(json.dumps({"drafters": ["prediction"]}))
+    method = {} if arguments.method is None else {"speculation_method": arguments.method}
     _print_heads()
-    plain = {}
-    with LLM(str(model), **engine) as llm:
+    with LLM(model, **engine, **method) as llm:
         rng = random.Random(arguments.seed)
         _warm_up(llm)
         for batch in arguments.batch:
@@ -81,48 +119,48 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     ]
                     outputs, found = _generate(llm, prompts, predicted, batch)
                     _show(lines, {"batch": batch, "acceptance": acceptance} | found, base, _equal(outputs, expected))
-        device = next(iter(llm.get_system_stats()["gpu_instances"].values()))["device"]
-    if arguments.draft_model is not None:
-        print(f"with the draft model {arguments.draft_model}", flush=True)
-        _run_draft_model(arguments, str(model), engine, plain, lines)
-    if arguments.repeats > 1:
-        _print_summary(lines)
-    result = {"model": model.name, "device": device, "engine": engine, "waves": arguments.waves, "lines": lines}
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+                if arguments.method is not None:
+                    forced.write_text(json.dumps({"drafters": None}))
+                    others = [msgspec.structs.replace(one, seed=rng.getrandbits(32)) for one in sampling]
+                    _, found = _generate(llm, prompts, others, batch)
+                    _show(lines, {"batch": batch, "acceptance": "own"} | found, base, 1.0)
+                    forced.write_text(json.dumps({"drafters": ["prediction"]}))
+        return str(next(iter(llm.get_system_stats()["gpu_instances"].values()))["device"])
 
 
 def _run_draft_model(
     arguments: argparse.Namespace,
     model: str,
     engine: dict[str, Any],
-    plain: dict[int, tuple[list[list[int]], list[SamplingParams], list[list[int]], dict[str, float]]],
+    forced: Path,
+    plain: dict[int, _Plain],
     lines: list[dict[str, Any]],
 ) -> None:
-    """Measure a system with a draft model that is right as often as wanted.
+    """Measure a system with a draft model that is right as often as wanted, in turns with runs without it.
 
     Args:
+        forced: the file for `benchmarks.forced_drafts`.
         plain: by batch, prompts, sampling, outputs, and what was measured without drafts.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        forced = Path(folder) / "forced.json"
-        os.environ["HBSERVE_FORCED_DRAFTS"] = str(forced)
-        sys.path.insert(0, str(Path(__file__).parent / "forced_drafts"))  # child processes get it as their PYTHONPATH
-        forced.write_text(json.dumps({"acceptance": 0.0, "prompt_tokens": 0, "outputs": {}}))
-        is_head = arguments.draft_model == "eagle3"
-        draft_model = str(_head_of(model, Path(folder)) if is_head else find_model(arguments.draft_model))
-        engine = engine | {"speculation_method": "eagle3" if is_head else "draft_model"}
-        with LLM(model, **engine, speculation_model=draft_model) as llm:
-            _warm_up(llm)
-            for batch, (prompts, sampling, expected, base) in plain.items():
-                outputs = {one.seed: output for one, output in zip(sampling, expected, strict=True)}
-                known = {"prompt_tokens": arguments.prompt_tokens, "outputs": outputs}
-                forced.write_text(json.dumps(known | {"acceptance": 1.0}))
-                short = [msgspec.structs.replace(one, max_tokens=32) for one in sampling]
-                _generate(llm, prompts, short, batch)  # both models have then read the prompts
-                for acceptance in arguments.acceptance * arguments.repeats:
-                    forced.write_text(json.dumps(known | {"acceptance": acceptance}))
+    forced.write_text(json.dumps({"acceptance": 0.0, "prompt_tokens": 0, "outputs": {}}))
+    is_head = arguments.draft_model == "eagle3"
+    draft_model = str(_head_of(model, forced.parent) if is_head else find_model(arguments.draft_model))
+    engine = engine | {"speculation_method": "eagle3" if is_head else "draft_model"}
+    with LLM(model, **engine, speculation_model=draft_model) as llm:
+        _warm_up(llm)
+        for batch, (prompts, sampling, expected, _) in plain.items():
+            outputs = {one.seed: output for one, output in zip(sampling, expected, strict=True)}
+            known = {"prompt_tokens": arguments.prompt_tokens, "outputs": outputs}
+            forced.write_text(json.dumps(known | {"acceptance": 1.0}))
+            short = [msgspec.structs.replace(one, max_tokens=32) for one in sampling]
+            _generate(llm, prompts, short, batch)  # both models have then read the prompts
+            for _ in range(arguments.repeats):
+                forced.write_text(json.dumps(known | {"drafters": []}))
+                found_outputs, base = _generate(llm, prompts, sampling, batch)
+                line = {"batch": batch, "acceptance": None, "draft_model": arguments.draft_model} | base
+                _show(lines, line, base, _equal(found_outputs, expected))
+                for acceptance in arguments.acceptance:
+                    forced.write_text(json.dumps(known | {"acceptance": acceptance, "drafters": None}))
                     found_outputs, found = _generate(llm, prompts, sampling, batch)
                     line = {"batch": batch, "acceptance": acceptance, "draft_model": arguments.draft_model} | found
                     _show(lines, line, base, _equal(found_outputs, expected))
@@ -208,7 +246,7 @@ def _equal(outputs: list[list[int]], expected: list[list[int]]) -> float:
 def _print_summary(lines: list[dict[str, Any]]) -> None:
     """Print the median of the gains, with the least and the greatest one; without drafts: how far its speeds differ."""
     print("\n batch  accept  gain, median (least, greatest)   tpot, gain", flush=True)
-    kinds: dict[tuple[int, float | None, str], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[int, float | str | None, str], list[dict[str, Any]]] = {}
     for line in lines:
         kinds.setdefault((line["batch"], line["acceptance"], line.get("draft_model", "")), []).append(line)
     for (batch, acceptance, draft_model), found in kinds.items():
@@ -216,7 +254,7 @@ def _print_summary(lines: list[dict[str, Any]]) -> None:
         if acceptance is None:
             rates = [line["tokens_per_s"] for line in found]
             gains = tpot_gains = [rate / statistics.median(rates) for rate in rates]
-        name = "none" if acceptance is None else f"{acceptance:.2f}"
+        name = _name(acceptance)
         gain = f"{statistics.median(gains):.3f} ({min(gains):.3f}, {max(gains):.3f})"
         print(f"{batch:6} {name:>7}  {gain:31} {statistics.median(tpot_gains):.3f}  {draft_model}", flush=True)
 
@@ -226,10 +264,14 @@ def _show(lines: list[dict[str, Any]], line: dict[str, Any], base: dict[str, flo
     line["tpot_gain"] = base["tpot_ms"] / line["tpot_ms"]
     lines.append(line)
     accepted = line["accepted"] / line["drafted"] if line["drafted"] else 0.0
-    acceptance = "none" if line["acceptance"] is None else f"{line['acceptance']:.2f}"
+    acceptance = _name(line["acceptance"])
     print(
         f"{line['batch']:6} {acceptance:>7} {line['tokens_per_s']:10.1f} {line['gain']:6.2f} {line['tpot_ms']:9.2f} "
         f"{line['tpot_gain']:6.2f} {line['step_ms']:9.2f} "
         f"{line['tokens_per_step']:12.2f} {accepted:9.2f} {equal:8.4f}",
         flush=True,
     )
+
+
+def _name(acceptance: float | str | None) -> str:
+    return f"{acceptance:.2f}" if isinstance(acceptance, float) else acceptance or "none"

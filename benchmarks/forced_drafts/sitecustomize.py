@@ -1,9 +1,11 @@
-"""Forces how often a draft model is right, in workers whose PYTHONPATH has this folder: for `benchmarks.speculation`.
+"""Forces what drafts, and how often a draft model is right, in processes whose PYTHONPATH has this folder.
+
+For `benchmarks.speculation`.
 
 Random weights of two models agree on nothing. So the draft model computes all its guesses, and then each is replaced:
 by the request's own token with the wanted probability, else by another one. Python imports a module of this name at
 its start. The file that ``HBSERVE_FORCED_DRAFTS`` names has the wanted ``acceptance``, ``prompt_tokens``, and
-``outputs``, by seed.
+``outputs``, by seed. New requests have those drafters alone that ``drafters`` names, if it is there.
 """
 
 from __future__ import annotations
@@ -17,11 +19,33 @@ import sys
 from types import ModuleType
 from typing import Any
 
-_MODULE = "hbserve.engine.draft_model.drafter"
 _FILE = os.environ.get("HBSERVE_FORCED_DRAFTS", "")
 
 
-def _force(module: ModuleType) -> None:
+def _read(known: dict[str, Any]) -> None:
+    """Read the file again if it has changed."""
+    changed = os.stat(_FILE).st_mtime_ns
+    if changed != known["changed"]:
+        with open(_FILE) as file:
+            known.update(json.load(file), changed=changed)
+
+
+def _force_drafters(module: ModuleType) -> None:
+    original = module.Speculation.begin
+    known: dict[str, Any] = {"changed": 0}
+
+    def begin(*args: Any, **options: Any) -> Any:
+        speculator = original(*args, **options)
+        _read(known)
+        if speculator is None or known.get("drafters") is None:
+            return speculator
+        speculator._drafters = [one for one in speculator._drafters if one[0].name in known["drafters"]]
+        return speculator if speculator._drafters else None
+
+    module.Speculation.begin = begin
+
+
+def _force_guesses(module: ModuleType) -> None:
     original = module.ModelDrafter.with_guesses
     known: dict[str, Any] = {"changed": 0}
     rng = random.Random(0)
@@ -32,10 +56,7 @@ def _force(module: ModuleType) -> None:
         asked = [place for place, row in enumerate(rows) if row.num_to_draft]
         if not asked:
             return filled, drafted
-        changed = os.stat(_FILE).st_mtime_ns
-        if changed != known["changed"]:
-            with open(_FILE) as file:
-                known.update(json.load(file), changed=changed)
+        _read(known)
         guesses = []
         for place in asked:
             row = rows[place]
@@ -50,6 +71,12 @@ def _force(module: ModuleType) -> None:
     module.ModelDrafter.with_guesses = with_guesses
 
 
+_FORCED = {
+    "hbserve.engine.draft_model.drafter": _force_guesses,
+    "hbserve.speculation.speculator": _force_drafters,
+}
+
+
 class _Loader(importlib.abc.Loader):
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -59,12 +86,12 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _force(module)
+        _FORCED[module.__name__](module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != _MODULE:
+        if name not in _FORCED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None:
