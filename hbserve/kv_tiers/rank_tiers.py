@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from hbserve.config import KVCacheConfig, StoreTierConfig
+from hbserve.errors import StartupError
 from hbserve.kv_tiers.base import KVTier, KVTierContext
 from hbserve.kv_tiers.disk import DiskTier, DiskTierError
 from hbserve.kv_tiers.host import HostTier
@@ -50,7 +51,7 @@ class RankTiers:
         report_found: called in any thread with the answer to each lookup.
 
     Raises:
-        HBServeError: if there is no such store.
+        HBServeError: if there is no such store, or a tier is too small for a block.
 
     Attributes:
         infos: the tiers, for the scheduler, as they are at the beginning of the epoch.
@@ -84,15 +85,16 @@ class RankTiers:
             prepare_copies(block_bytes, kv_blocks.device)
         if host is not None:
             slots = HostTier(host, platform, rank, num_ranks, block_bytes)
-            if slots.num_slots:
-                self.infos.append(TierInfo(name="host", memory=host.name, num_slots=slots.num_slots))
-                self._open("host", slots, kv_blocks, rank)
+            _check_holds_a_block("host_bytes", slots.num_slots, num_ranks * block_bytes)
+            self.infos.append(TierInfo(name="host", memory=host.name, num_slots=slots.num_slots))
+            self._open("host", slots, kv_blocks, rank)
         if config.disk is not None:
             try:
                 self._disk = DiskTier(config.disk, name, rank, num_ranks, block_bytes)
             except DiskTierError as error:
                 self.problems.append(str(error))
             else:
+                _check_holds_a_block("disk.bytes", self._disk.num_slots, num_ranks * block_bytes)
                 info = TierInfo(name="disk", memory=self._disk.memory, num_slots=self._disk.num_slots)
                 self.infos.append(info)
                 self._open("disk", self._disk, kv_blocks, rank)
@@ -108,9 +110,10 @@ class RankTiers:
         report_found: Callable[[FoundBlocks], None],
     ) -> None:
         value_bytes, num_ranks = kv_blocks.shape[1] + SEAL_BYTES, len(self._prefixes)
+        num_slots = config.bytes // num_ranks // value_bytes
+        _check_holds_a_block("store.bytes", num_slots, num_ranks * value_bytes)
         store = make_store(KVTierContext(config, value_bytes, self._timeout_s))
         memory = f"{config.backend}/{config.master}/{name}"
-        num_slots = config.bytes // num_ranks // value_bytes
         self.infos.append(TierInfo(name="store", memory=memory, num_slots=num_slots, by_name=True))
         self._open("store", store, kv_blocks, rank)
         if rank == 0:
@@ -171,3 +174,9 @@ class RankTiers:
             job.is_over = True
             job.lock.release()
         self._jobs.clear()
+
+
+def _check_holds_a_block(key: str, num_slots: int, block_bytes: int) -> None:
+    if not num_slots:
+        text = f"kv_cache.{key}: a block has {block_bytes} bytes, and none fits; give more, or leave it out"
+        raise StartupError(text)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-from hbserve.config import KVCacheConfig, StoreTierConfig
+from hbserve.config import DiskTierConfig, KVCacheConfig, StoreTierConfig
 from hbserve.errors import ConfigError, HBServeError, StartupError
 from hbserve.kv_tiers.base import BlockName, KVTier
 from hbserve.kv_tiers.rank_tiers import RankTiers
@@ -244,3 +245,21 @@ class _CannotStart(KVTier):
 async def test_a_class_that_cannot_be_used_is_refused(backend: str, error: type[HBServeError], text: str) -> None:
     with pytest.raises(error, match=text):
         Rank(backend)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (
+            KVCacheConfig(store=StoreTierConfig(bytes=500, backend=OWN)),
+            "store.bytes: a block has 544 bytes",
+        ),
+        (KVCacheConfig(disk=DiskTierConfig(path="", bytes=500)), "disk.bytes: a block has 512 bytes"),
+    ],
+)
+def test_a_tier_that_holds_no_block_is_refused(config: KVCacheConfig, text: str, tmp_path: Path) -> None:
+    if config.disk is not None:
+        config = replace(config, disk=replace(config.disk, path=str(tmp_path)))
+    arena = torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8)
+    with pytest.raises(StartupError, match=text):
+        RankTiers(config, None, CpuPlatform(1), arena, 0, 1, lambda result: None)
