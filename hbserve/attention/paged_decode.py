@@ -291,7 +291,7 @@ class PagedDecode(Attention):
         if any(window is not None for window in spec.sliding_windows):
             return "has no kernel for sliding windows"
         if has_unusual_scores(spec):
-            return "has no kernel for a factor or a soft cap of attention scores"
+            return "has no kernel for a factor, a soft cap or sinks of attention scores"
         return None
 
     def begin(self, inputs: DecodeInputs) -> None:

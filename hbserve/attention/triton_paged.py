@@ -63,7 +63,7 @@ class TritonBackend(AttentionBackend):
         if any(window is not None for window in spec.sliding_windows):
             return "has no kernels for sliding windows"
         if has_unusual_scores(spec):
-            return "has no kernels for a factor or a soft cap of attention scores"
+            return "has no kernels for a factor, a soft cap or sinks of attention scores"
         if spec.head_dim > 256:
             return f"has no kernels for head size {spec.head_dim}, only up to 256"
         return None
