@@ -25,11 +25,16 @@ from typing import Any
 import numpy as np
 
 from hbserve import DisaggregatedLLM, SamplingParams
-from hbserve.bench.arguments import add_engine_arguments, engine_arguments, find_model, make_config, positive
+from hbserve.bench.arguments import (
+    add_engine_arguments,
+    engine_arguments,
+    find_model,
+    make_config,
+    positive,
+    positive_float,
+)
 
 _TAIL_TOKENS = 24
-_INTERVAL_S = 0.2
-"""Time between requests beside streams."""
 _BLOCK_SIZE = 16
 _SETTLE_S = 6.0
 """Time for what a worker does after it is ready, while it has no steps: pinning host memory, capturing graphs."""
@@ -44,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, default=2)
     parser.add_argument("--streams", type=positive, default=32, help="that decode beside the loads (default: 32)")
     parser.add_argument("--seconds", type=float, default=4.0, help="each part with streams is watched (default: 4)")
+    parser.add_argument(
+        "--intervals",
+        type=positive_float,
+        nargs="+",
+        default=[0.2, 1.2],
+        metavar="S",
+        help="between requests beside streams; at 1.2 their own steps are less than 1 %% of all (default: 0.2 1.2)",
+    )
     parser.add_argument("--host-bytes", type=positive, default=40 << 30)
     parser.add_argument("--block-bytes", type=positive, default=2359296, help="of the lanes (default: Qwen3-8B, bf16)")
     parser.add_argument("--json", type=Path)
@@ -162,7 +175,8 @@ async def _system(arguments: argparse.Namespace) -> dict[str, Any]:
         await asyncio.sleep(_SETTLE_S)
         probe = _Probe(llm)
         ttft = [await probe.ttft(length, arguments.repeats) for length in arguments.prompt_lens]
-        itl = await probe.itl(num_streams, arguments.seconds, min(arguments.prompt_lens))
+        length = min(arguments.prompt_lens)
+        itl = [await probe.itl(num_streams, arguments.seconds, length, interval) for interval in arguments.intervals]
         tier = (await llm.client.stats())["kv_tiers"]["host"]
         print({key: tier[key] for key in ("stored_blocks", "loaded_blocks", "skipped_blocks", "failures")})
         for kind in ("store", "load"):
@@ -220,7 +234,7 @@ class _Probe:
         print(f"TTFT of {length} tokens: {shown}; loaded is 1/{1 / ratio:.1f} of computed", flush=True)
         return {"length": length, "ratio": ratio} | medians
 
-    async def itl(self, num_streams: int, seconds: float, length: int) -> dict[str, float]:
+    async def itl(self, num_streams: int, seconds: float, length: int, interval_s: float) -> dict[str, float]:
         """Watch streams in three parts, in turns, because their contexts grow."""
         prompts = [self.prompt(length) for _ in range(6)]
         for prompt in prompts:
@@ -265,7 +279,7 @@ class _Probe:
                         number += 1  # at the same rate in both parts: a request itself takes steps from the streams
                         prompt = prompts[0] if name == "cached" else prompts[number % len(prompts)]
                         await self.request(prompt)
-                        await asyncio.sleep(max(0.0, before + number * _INTERVAL_S - time.monotonic()))
+                        await asyncio.sleep(max(0.0, before + number * interval_s - time.monotonic()))
                     counts[name] += number
                 part = ""
         finally:
@@ -281,7 +295,8 @@ class _Probe:
             print(
                 f"ITL of {num_streams} streams, {name:>7}: p50 {p50[name]:.2f} ms, p99 {ms:.2f} ms, "
                 f"{ms / p99['alone']:.2f} of alone, {ms / p99.get('cached', ms):.2f} of cached, "
-                f"{counts.get(name, 0)} requests of {length} tokens",
+                f"{counts.get(name, 0)} requests of {length} tokens, one in {interval_s:g} s",
                 flush=True,
             )
-        return {f"{name}_p99_ms": ms for name, ms in p99.items()} | {f"{name}_p50_ms": ms for name, ms in p50.items()}
+        found = {f"{name}_p99_ms": ms for name, ms in p99.items()} | {f"{name}_p50_ms": ms for name, ms in p50.items()}
+        return {"interval_s": interval_s} | found
