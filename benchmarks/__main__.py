@@ -26,6 +26,7 @@ _EXPERIMENTS = {
     "scheduler": "what the scheduler's core costs: CPU time of a step, by the size of the batch",
     "scheduler_kills": "the scheduler is killed under load: are the answers right, and how long is the pause",
     "transfer": "how fast KV moves between two processes, and how fast the library could move it",
+    "experts": "a mixture of experts on one card and, in each way, on two",
     "fp8": "FP8 beside bfloat16: products, decode attention, and an engine's rates",
     "fp8_accuracy": "what FP8 costs in perplexity, and errors by layer",
     "mixed_steps": "what decode rows cost beside prompt tokens, by the size of a step",
