@@ -1,7 +1,7 @@
 """Parts of the sections: their base class, and the limits of their values.
 
 A limit stands on the field that it limits, and its ``description`` completes the sentence "must be ...". Limits that
-concern several keys, and powers of two, which `msgspec.Meta` cannot express, are in `hbserve.config.validation`.
+concern several keys, and powers of two, which `msgspec.Meta` cannot express, are in `hbserve.config.limits`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Port = Annotated[int, Meta(ge=1, le=65535, description="in 1..65535")]
 ServerPort = Annotated[int, Meta(ge=0, le=65535, description="in 0..65535")]
 NAME_RULE = "1 to 64 letters, digits, '_', '.' or '-'"
 InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\Z", description=NAME_RULE)]
-"""Name of an instance; `hbserve.config.validation` checks the length, since workers add a suffix to it."""
+"""Name of an instance; `hbserve.config.limits` checks the length, since workers add a suffix to it."""
 ImportPath = Annotated[str, Meta(pattern=IMPORT_PATH, description="'package.module:Class'")]
 Origin = Annotated[
     str,

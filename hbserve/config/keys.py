@@ -1,4 +1,6 @@
-"""Every key of the configuration with its type, from the fields of the sections: the source of flags and hints."""
+"""Every key of the configuration with its type, from the fields of the sections: the source of flags and hints; and
+errors that name a key.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import msgspec
 
 from hbserve.config.fields import Section
 from hbserve.config.sections import Config
+from hbserve.errors import ConfigError
 
 
 @functools.cache
@@ -52,3 +55,8 @@ def all_keys() -> dict[str, Any]:
 
     add(Config, "")
     return keys
+
+
+def error_at(key: str, what: str) -> ConfigError:
+    """Return an error that begins with the key that is wrong."""
+    return ConfigError(f"{key}: {what}" if key else what, key)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from hbserve.cache_folder.transformers_import import leave_out_torch
 from hbserve.config import Config, ServerConfig
-from hbserve.config.validation import is_loopback
+from hbserve.config.limits import is_loopback
 from hbserve.errors import ConfigError, HBServeError, ShuttingDownError
 from hbserve.model_store import with_model_folder
 from hbserve.process import child, event_loop, exit_core

@@ -11,7 +11,7 @@ import socket
 import sys
 
 from hbserve.config import Config, load
-from hbserve.config.validation import is_loopback
+from hbserve.config.limits import is_loopback
 from hbserve.errors import HBServeError
 from hbserve.rpc.instance_line import instance_address
 

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from hbserve.config import Config, InstanceConfig
-from hbserve.config.validation import is_loopback
+from hbserve.config.limits import is_loopback
 from hbserve.errors import StartupError
 from hbserve.process import child
 from hbserve.system.ray_actor import InstanceActor
