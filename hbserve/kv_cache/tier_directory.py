@@ -102,6 +102,10 @@ class TierStats:
     skipped_blocks: int = 0
     failures: dict[str, int] = field(default_factory=dict)
 
+    def count_failures(self, kind: str, number: int = 1) -> None:
+        """Count blocks of which the same was wrong."""
+        self.failures[kind] = self.failures.get(kind, 0) + number
+
 
 class TierDirectory:
     """Contents of one tier, least recently used first; owner of its slots. Moves no bytes.

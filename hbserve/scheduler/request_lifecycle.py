@@ -35,8 +35,9 @@ from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.queue.admission import Admission
 from hbserve.scheduler.queue.waiting_queue import WaitingQueue
 from hbserve.scheduler.sequence import InflightRow, InflightStep, KVAllocation, Phase, Sequence
+from hbserve.scheduler.tiers.copies import KVLoad
 from hbserve.scheduler.tiers.lookups import TierLookups
-from hbserve.scheduler.tiers.tracker import KVLoad, KVTiers
+from hbserve.scheduler.tiers.tracker import KVTiers
 from hbserve.scheduler.transfer import Transfer
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle

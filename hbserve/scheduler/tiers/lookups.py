@@ -112,7 +112,8 @@ class TierLookups:
         tier = lookup.tier
         if tier.rests_until <= self._clock.now:  # else another lookup has said so
             self._events.note("tier_failed", f"KV tier {tier.info.name}", error)
-        self._tiers.rest(tier, "lookup", 1)
+        tier.rest(self._clock.now)
+        tier.directory.stats.count_failures("lookup")
 
     def _end(self, lookup_id: int) -> None:
         sequence = self._open.pop(lookup_id).sequence

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from hbserve.kv_cache.tier_directory import TierDirectory, TierEntry
 from hbserve.messages.tiers import TierInfo
 
+_REST_S = 10.0
+"""How long a tier that did not answer in time, or failed, is left alone."""
+
 
 @dataclass(eq=False, slots=True)
 class Tier:
@@ -24,6 +27,10 @@ class Tier:
     s_per_byte: float = 0.0
     loading_bytes: int = 0
     rests_until: float = -math.inf
+
+    def rest(self, now: float) -> None:
+        """Leave it alone for a while, because it has failed."""
+        self.rests_until = now + _REST_S
 
 
 @dataclass(frozen=True, slots=True)
