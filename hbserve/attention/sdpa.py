@@ -102,7 +102,7 @@ class SdpaBackend(AttentionBackend):
     def _row_of(self, slots: Tensor) -> Tensor:
         """Turn slots (``block id * block size + offset``) into cache rows of layer 0's keys."""
         block_size = self.layout.block_size
-        rows_per_block = self.layout.num_layers * 2 * block_size
+        rows_per_block = self.layout.num_stored_layers * 2 * block_size
         return slots // block_size * rows_per_block + slots % block_size
 
     def _keys_and_values(self, layer: int, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -203,12 +203,12 @@ def attach_arenas(
         board = platform.attach_shared_host(attachment.board, board_bytes)
     except RuntimeError as error:
         raise StartupError(f"cannot attach to the resident arenas: {error}") from None
-    layout = _layout(config, spec, attachment.block_size, parallel)
     part = None
     if attachment.draft_spec is not None and attachment.draft_table is not None:
         draft_spec = ModelSpec.from_plain(attachment.draft_spec)
         head = None if attachment.draft_head is None else Eagle3Spec.from_plain(attachment.draft_head)
         part = DraftPart.attached(config, draft_spec, attachment.draft_table, attachment.block_size, parallel, head)
+    layout = _layout(config, spec, attachment.block_size, parallel, part)
     num_arena_blocks = attachment.num_blocks + 1
     return Arenas(
         weights,
@@ -254,14 +254,16 @@ def _make(
         fill_dummy_weights(spec, table, weights, config.model.seed, config.model.dummy_expert_skew)
     else:
         load_weights(config.model.path, spec, table, weights, *share)
-    layout = _layout(config, spec, block_size, parallel)
+    layout = _layout(config, spec, block_size, parallel, part)
     max_len, block_bytes = spec.max_position_embeddings, layout.block_bytes
     if part is not None:
         part.load_weights(config, weights[table.num_bytes :], parallel)
-        max_len, block_bytes = min(max_len, part.spec.max_position_embeddings), block_bytes + part.block_bytes
+        max_len, block_bytes = min(max_len, part.spec.max_position_embeddings), block_bytes + part.layout.block_bytes
     size = agree(_size_kv(config, max_len, block_size, block_bytes, platform, parallel.size))
     num_arena_blocks = size.num_blocks + num_spare_blocks
-    num_kv_bytes = num_arena_blocks * layout.block_bytes + (0 if part is None else part.num_bytes(num_arena_blocks))
+    num_kv_bytes = num_arena_blocks * layout.block_bytes
+    if part is not None:
+        num_kv_bytes += part.num_padding_blocks * layout.block_bytes + num_arena_blocks * part.layout.block_bytes
     kv = allocate_kv(num_kv_bytes, f"a KV cache of {size.num_blocks} blocks")
     draft = _draft_arenas(part, table, weights, layout, kv, num_arena_blocks)
     return Arenas(weights, table, kv, layout, size.num_blocks, None, size.max_model_len, draft=draft)
@@ -272,8 +274,10 @@ def _draft_arenas(
 ) -> DraftArenas | None:
     if part is None:
         return None
-    blocks_end = blocks * (layout.block_bytes + part.layout.block_bytes)
-    return DraftArenas(part, weights[table.num_bytes :], kv[blocks * layout.block_bytes : blocks_end], kv[blocks_end:])
+    num_model_blocks, features = blocks + part.num_padding_blocks, None
+    if part.head is not None:
+        features = layout.vectors(kv, num_model_blocks, part.spec.hidden_size, part.layout.dtype)
+    return DraftArenas(part, weights[table.num_bytes :], kv[num_model_blocks * layout.block_bytes :], features)
 
 
 def _size_kv(
@@ -324,14 +328,17 @@ def dtype_of(config: Config, spec: ModelSpec) -> torch.dtype:
     return spec.dtype if config.model.dtype == "auto" else DTYPES[config.model.dtype]
 
 
-def _layout(config: Config, spec: ModelSpec, block_size: int, parallel: TensorParallel) -> KVLayout:
-    return KVLayout(
+def _layout(
+    config: Config, spec: ModelSpec, block_size: int, parallel: TensorParallel, part: DraftPart | None
+) -> KVLayout:
+    layout = KVLayout(
         num_layers=spec.num_layers,
         block_size=block_size,
         num_kv_heads=max(1, spec.num_kv_heads // parallel.size),
         head_dim=spec.head_dim,
         dtype=dtype_of(config, spec) if spec.kv_format is None else FP8,
     )
+    return layout if part is None else part.in_blocks(layout)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from hbserve.attention.base import PageTables
 from hbserve.attention.decode_pieces import join_rows
 from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 from hbserve.engine.capture import Parts, capture_in_parts, compiling, run_through, run_to_capture
-from hbserve.engine.draft_model.head_pass import HeadPass
+from hbserve.engine.draft_model.head_pass import HEAD_LAG, HeadPass
 from hbserve.engine.fast_sampler import fast_sample
 from hbserve.engine.graph_sizes import GraphSizes
 from hbserve.engine.pending_step import StepTimer
@@ -279,7 +279,7 @@ class DecodeGraphs:
             yield from self._decoder.pass_layers(stream, positions, self._attention, layers=layers)
             hidden = self._decoder.finish(stream)
         else:
-            sampled_after = positions + self._head.noise_offsets[slots]
+            sampled_after = positions + HEAD_LAG
             hidden = self._head.forward(token_ids, positions, self._attention, is_fed_back, slots)
         logits = self._decoder.shard_logits(hidden, self._logits[:size])
         temperatures, seeds = inputs.tensor("temperatures", size), inputs.tensor("seeds", size)

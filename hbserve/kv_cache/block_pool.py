@@ -130,7 +130,6 @@ class BlockPool:
         self._planned: dict[bytes, int] = {}  # the block that a step fills, by its contents
         self._planned_hash: dict[int, bytes] = {}  # the same by block
         self._read: set[int] = set()  # sealed blocks with KV of the draft model
-        self._foreign: set[int] = set()  # see `note_foreign`
         self.num_pending_blocks = 0
         """Blocks in the tables of freed owners that have pins."""
 
@@ -205,7 +204,6 @@ class BlockPool:
             self._hash[block] = None
         self._owners[block] = 1
         self._read.discard(block)
-        self._foreign.discard(block)
         return block
 
     # --- the draft model's KV ----------------------------------------------------------------------
@@ -217,15 +215,6 @@ class BlockPool:
     def count_read(self, block_ids: Sequence[int]) -> int:
         """Return how many of these blocks, from the first on, the draft model has read."""
         return next((place for place, block in enumerate(block_ids) if block not in self._read), len(block_ids))
-
-    def note_foreign(self, block_ids: Sequence[int]) -> None:
-        """Note that the KV of these blocks comes from elsewhere, so hidden states of their tokens are not here."""
-        self._foreign.update(block_ids)
-
-    def count_foreign(self, block_ids: Sequence[int]) -> int:
-        """Return how many of these blocks, from the first on, end with the last one whose KV is from elsewhere."""
-        places = (place for place in range(len(block_ids), 0, -1) if block_ids[place - 1] in self._foreign)
-        return next(places, 0) if self._foreign else 0
 
     # --- freeing and pins ------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ class Shard:
     @staticmethod
     def of_rank(rank: int, size: int, num_kv_heads: int, layout: KVLayout) -> Shard:
         """Make the shard of a rank whose KV cache has this layout."""
-        return Shard(rank, size, num_kv_heads, layout.num_layers * 2 * layout.block_size)
+        return Shard(rank, size, num_kv_heads, layout.num_stored_layers * 2 * layout.block_size)
 
     def outgoing(self, num_targets: int) -> list[Route]:
         """List what this rank sends to an instance of ``num_targets`` ranks; nothing if another rank sends the same

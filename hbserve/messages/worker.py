@@ -48,8 +48,6 @@ class SequenceState(Value, frozen=True):
         history: prompt and output tokens so far, only if penalties or a grammar need them.
         num_prompt_tokens: number of the prompt's tokens in ``history``.
         min_end_position: no token of ``end_token_ids`` is sampled for a position before this.
-        draft_start: where a head that drafts begins: before it are positions whose hidden states are elsewhere. It is
-            the begin of a block.
     """
 
     slot: int
@@ -59,7 +57,6 @@ class SequenceState(Value, frozen=True):
     min_end_position: int
     num_prompt_tokens: int
     history: list[int] | None = None
-    draft_start: int = 0
 
 
 class PlanRow(Value, frozen=True):
@@ -178,7 +175,7 @@ class Hello(Message, frozen=True):
         model: identity of its weights, see `hbserve.models.fingerprint.model_fingerprint`.
         dtype: of what is not quantised; kv_dtype: of KV.
         block_bytes: bytes of one KV block over all layers and ranks.
-        num_layers: layers of the model; head_bytes: bytes of one KV head in one block, over all layers.
+        num_layers: layers in a block; head_bytes: bytes of one KV head in one block, over all layers.
         peers: addresses of its ranks for KV, in their order.
         tiers: where it can store KV blocks and load them from, the fastest first.
         one_sided: whether its transfer backend writes into the receiver's arena, while the receiver takes no part.

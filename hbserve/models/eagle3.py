@@ -25,25 +25,29 @@ from hbserve.models.eagle3_spec import Eagle3Spec, target_token_ids
 
 
 class FeatureStore:
-    """The features of a pool's tokens, one row for the KV slot of each token, and a row for padding.
+    """The features of a pool's tokens, which lie with their KV in the pool's blocks.
 
     Args:
-        memory: uint8; it has ``num_bytes`` at least.
-        num_slots: of the pool: blocks times tokens of a block.
+        features: ``[block, token, size]``; the last block is for padding, whose KV slot is -1.
     """
 
-    def __init__(self, memory: Tensor, num_slots: int, size: int, dtype: torch.dtype) -> None:
-        num_bytes = self.num_bytes(num_slots, size, dtype)
-        self.rows = memory[:num_bytes].view(dtype).view(num_slots + 1, size)
+    def __init__(self, features: Tensor) -> None:
+        self._features, self._block_size = features, features.shape[1]
 
-    @staticmethod
-    def num_bytes(num_slots: int, size: int, dtype: torch.dtype) -> int:
-        """Return the bytes of a store."""
-        return (num_slots + 1) * size * dtype.itemsize
+    def write(self, slots: Tensor, features: Tensor) -> None:
+        """Store features ``[tokens, size]`` of the tokens of these KV slots."""
+        self._features[self._places(slots)] = features
 
-    def places(self, slots: Tensor) -> Tensor:
-        """Return the rows of KV slots; the slot of padding, -1, has the last row."""
-        return slots.remainder(len(self.rows))
+    def read(self, slots: Tensor) -> Tensor:
+        """Return the features ``[tokens, size]`` of the tokens of these KV slots."""
+        return self._features[self._places(slots)]
+
+    def carried(self, num_slots: int) -> Tensor:
+        """Return zeros for a feature of each of so many slots of sequences."""
+        return self._features.new_zeros(num_slots, self._features.shape[2])
+
+    def _places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        return slots // self._block_size, slots % self._block_size  # of padding: the last token of the last block
 
 
 class HiddenTaps:
@@ -81,7 +85,7 @@ class HiddenTaps:
             joined, self._joined = self._joined, None
             if self._norm is not None:
                 joined = F.rms_norm(joined, (joined.shape[1],), self._norm, self._eps)
-            self._store.rows.index_copy_(0, self._store.places(slots), self._ops.linear(joined, self._fc))
+            self._store.write(slots, self._ops.linear(joined, self._fc))
 
 
 class Eagle3Head(Decoder):

@@ -157,7 +157,6 @@ class KVAllocation:
         num_sealed: leading blocks that are in the pool's prefix cache or were offered to it.
         num_read: positions below this have KV of the draft model, or are in a plan that makes it read them.
         num_noted: leading blocks that the pool knows to be read.
-        draft_start: where a head that drafts begins, see `SequenceState.draft_start`.
         last_worker_id: the worker that got the sequence's last row.
         num_inflight: rows that were sent, are not confirmed, and count.
         is_drafting: its last row has a draft and is in flight: where the next row starts is not known yet.
@@ -181,7 +180,6 @@ class KVAllocation:
     num_sealed: int
     num_read: int = 0
     num_noted: int = 0
-    draft_start: int = 0
     last_worker_id: str | None = None
     num_inflight: int = 0
     is_drafting: bool = False
@@ -221,7 +219,7 @@ class KVAllocation:
         self.is_drafting = self.can_join = False
         self.num_planned = min(self.num_planned, row.start)
         # What the draft model has read is not confirmed, and nothing but a guess depends on it.
-        self.num_read = self.draft_start
+        self.num_read = 0
         self.num_inflight -= 1
 
     def join_blocks(self, block_hashes: list[bytes], end: int) -> None:
@@ -235,8 +233,6 @@ class KVAllocation:
         self.pool.join_blocks(self.owner, first, block_hashes[first : end // size])
         self.num_planned = end
         self.blocks_sent.clear()  # workers know other blocks in these places
-        if self.pool.count_foreign(self.block_ids):
-            self.note_foreign(0, 0)
 
     def note_read_blocks(self, num_confirmed: int) -> None:
         """Tell the pool which sealed blocks the draft model has read; positions below ``num_confirmed`` are certain."""
@@ -244,13 +240,6 @@ class KVAllocation:
         if end > self.num_noted:
             self.pool.note_read(self.block_ids[self.num_noted : end])
             self.num_noted = end
-
-    def note_foreign(self, first: int, end: int) -> None:
-        """Note that the KV of blocks ``first .. end - 1`` comes from elsewhere: a head begins behind them."""
-        self.pool.note_foreign(self.block_ids[first:end])
-        self.num_noted = max(self.num_noted, self.pool.count_foreign(self.block_ids))
-        self.draft_start = self.num_noted * self.pool.block_size
-        self.num_read = max(self.num_read, self.draft_start)
 
     def begin_transfer(self) -> None:
         """Pin the blocks for a transfer from or to them."""
@@ -433,5 +422,4 @@ class Sequence:
             min_end_position=self.num_prompt_tokens + sampling.min_tokens,
             num_prompt_tokens=self.num_prompt_tokens,
             history=list(self.tokens) if self.keeps_state else None,
-            draft_start=allocation.draft_start,
         )

@@ -180,8 +180,6 @@ class StepPlanner:
             draft = sequence.speculator.draft(tokens, sequence.max_total_tokens - position - 2)
             if draft is not None and draft.num_to_draft and not _pays_to_read(sequence, allocation):
                 draft = None
-            if draft is not None and draft.num_to_draft and position <= allocation.draft_start:
-                draft = None  # a head needs a hidden state before the last token
             if draft is not None:
                 judge = functools.partial(instance.choice.is_late, sequence, allocation)
                 is_late = sequence.speculator.judge(len(tokens), judge)

@@ -78,7 +78,7 @@ class LayerProgress:
     """A report for each of several equal groups of layers, when the group's keys and values are in the cache.
 
     Args:
-        num_layers: of the model.
+        num_layers: in a block, also what is stored behind the model's own.
         num_groups: a divisor of ``num_layers``.
         on_stored: called with the number of each group, in order: on CPU by `stored`, on a GPU by `wait`. `finish`
             calls it for the groups that these two have not seen.
@@ -167,7 +167,7 @@ class StepPipeline:
         try:
             if num_groups > 1:
                 progress = LayerProgress(
-                    runner.spec.num_layers,
+                    runner.layout.num_stored_layers,
                     num_groups,
                     runner.platform.device,
                     lambda group: self._post(LayersStored(plan, group)),

@@ -419,7 +419,7 @@ class WorkerProcess:
                 num_blocks=runner.num_blocks,
                 block_size=layout.block_size,
                 block_bytes=layout.block_bytes * self._ranks.size,
-                num_layers=layout.num_layers,
+                num_layers=layout.num_stored_layers,
                 head_bytes=layout.block_bytes // layout.num_kv_heads,
                 max_model_len=runner.max_model_len,
                 vocab_size=runner.spec.vocab_size,

@@ -88,7 +88,6 @@ class Arena:
     Attributes:
         epoch: number of this memory; 0: it belongs to one worker and has that worker's epoch.
         drafts: KV blocks of the draft model.
-        features: contents of the positions that were computed here, not sent or loaded.
         heads: what an EAGLE-3 head has read at each position: its feature, and the token behind it.
         last_tokens: the last token of each slot, as the board has it.
         cells: the last step that each worker has done, by cell.
@@ -106,7 +105,6 @@ class Arena:
         self.epoch = epoch
         self.blocks = [[NOTHING] * BLOCK_SIZE for _ in range(num_blocks)]
         self.drafts = [[NOTHING] * BLOCK_SIZE for _ in range(num_blocks)]
-        self.features = [[NOTHING] * BLOCK_SIZE for _ in range(num_blocks)]
         self.heads: list[list[tuple[int, int] | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
         self.last_tokens: dict[int, int] = {}
         self.cells: dict[int, int] = {}
@@ -131,19 +129,17 @@ class Arena:
         before = self.read_draft(table, position - 1) if position else NOTHING
         self.drafts[table[position // BLOCK_SIZE]][position % BLOCK_SIZE] = kv_of(before, token)
 
-    def feed_head(self, table: Sequence[int], position: int, token: int) -> bool:
-        """Have a head read a token with the feature before it; returns whether there is one."""
+    def feed_head(self, table: Sequence[int], position: int, token: int) -> None:
+        """Have a head read a token with the feature before it, which comes with the KV."""
         block, offset = table[(position - 1) // BLOCK_SIZE], (position - 1) % BLOCK_SIZE
-        feature = self.features[block][offset]
-        self.heads[block][offset] = feature, token
-        return feature == self.blocks[block][offset]
+        self.heads[block][offset] = self.blocks[block][offset], token
 
-    def head_has_read(self, table: Sequence[int], start: int, end: int) -> bool:
-        """Whether a head has read the tokens of positions ``start + 1 .. end - 1`` with the features before them.
+    def head_has_read(self, table: Sequence[int], end: int) -> bool:
+        """Whether a head has read the tokens of positions ``1 .. end - 1`` with the features before them.
 
         Sequences that share a block may differ in the token behind it, which its last place has.
         """
-        for position in range(start, end - 1):
+        for position in range(end - 1):
             read = self.heads[table[position // BLOCK_SIZE]][position % BLOCK_SIZE]
             contents = self.read(table, position)
             if read is None or read[0] != contents:

@@ -405,11 +405,6 @@ def a_head_reads_guesses_with_hidden_states_of_its_own(patch: Patch) -> None:
 
 
 @_plant
-def hidden_states_are_taken_to_come_with_kv(patch: Patch) -> None:
-    patch.setattr(KVAllocation, "note_foreign", lambda self, first, end: None)
-
-
-@_plant
 def a_draft_takes_the_blocks_of_others(patch: Patch) -> None:
     def room(self: StepPlanner, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
         room = original(self, instance, allocation, num_drafts)
@@ -553,5 +548,4 @@ FOUND_BY = {
     "a_guess_that_the_draft_model_has_not_read_counts_as_read": 3,
     "a_shared_block_counts_as_read_by_the_draft_model": 4,
     "a_head_reads_guesses_with_hidden_states_of_its_own": 71,
-    "hidden_states_are_taken_to_come_with_kv": 13,
 }

@@ -54,7 +54,6 @@ class _Slot:
     end_token_ids: list[int]
     min_end_position: int
     history: list[int] | None
-    draft_start: int
     last_token: int | None = None
 
 
@@ -286,7 +285,6 @@ class Worker(Process):
                     state.end_token_ids,
                     state.min_end_position,
                     history,
-                    state.draft_start,
                 )
         draft_ids: list[int] = []
         # Rows of one token may read before the others have written, as in `hbserve.attention.paged_decode`.
@@ -332,7 +330,6 @@ class Worker(Process):
             before = self.arena.read(slot.table, position - 1) if position else NOTHING
             block, offset, contents = slot.table[position // BLOCK_SIZE], position % BLOCK_SIZE, kv_of(before, token)
             self.arena.write(block, offset, contents)
-            self.arena.features[block][offset] = contents
         if not row.sample:
             return []
         if slot.sampling.grammar is not None and self.world.rng.random() < 0.25:
@@ -362,14 +359,14 @@ class Worker(Process):
         """Have the draft model or head read a known token."""
         if not self.world.scenario.has_eagle_head:
             self.arena.feed_draft(slot.table, position, token)
-        elif position > slot.draft_start and not self.arena.feed_head(slot.table, position, token):
-            raise self.world.fault(f"{self.name}: the hidden states of position {position - 1} are not here")
+        elif position:
+            self.arena.feed_head(slot.table, position, token)
 
     def _check_read(self, row: PlanRow, slot: _Slot) -> None:
         """Check that the draft model or head has read all before a row that it guesses for."""
         arena = self.arena
         if self.world.scenario.has_eagle_head:
-            is_read = row.start > slot.draft_start and arena.head_has_read(slot.table, slot.draft_start, row.start)
+            is_read = arena.head_has_read(slot.table, row.start)
         else:
             last = row.start - 1
             is_read = last < 0 or arena.read_draft(slot.table, last) == arena.read(slot.table, last)

@@ -3,10 +3,11 @@
 A KV block of the model and the block of the draft model with the same id hold the same tokens::
 
     weights arena   model | draft model
-    KV arena        block 0, 1, ... of the model | block 0, 1, ... of the draft model | features, for an EAGLE-3 head
+    KV arena        block 0, 1, ... of the model | block 0, 1, ... of the draft model
 
 So one block table serves both. Transfers and KV tiers move the model's part alone: the draft model reads the tokens
-again where its part is missing (`hbserve.engine.draft_model.drafter`).
+again where its part is missing (`hbserve.engine.draft_model.drafter`). What an EAGLE-3 head reads, the features of the
+tokens, lies in the model's blocks behind the layers, so it goes wherever they go.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from hbserve.kv_cache.layout import KVLayout
 from hbserve.layers.parallel import TensorParallel
 from hbserve.model_files import is_eagle3_head
 from hbserve.model_spec import DTYPES, ModelSpec
-from hbserve.models.eagle3 import FeatureStore
 from hbserve.models.eagle3_spec import Eagle3Spec
 from hbserve.models.loader import check_weights, fill_dummy_weights, load_weights
 from hbserve.models.weights import WeightTable
@@ -48,19 +48,14 @@ class DraftPart:
     layout: KVLayout
     head: Eagle3Spec | None = None
 
-    def num_bytes(self, num_blocks: int) -> int:
-        """Return its bytes of the KV arena."""
-        return num_blocks * self.layout.block_bytes + self._feature_bytes(num_blocks)
+    def in_blocks(self, layout: KVLayout) -> KVLayout:
+        """Return the layout of the model's blocks, with room for the features of a head."""
+        return layout if self.head is None else layout.with_vectors(self.spec.hidden_size * self.layout.dtype.itemsize)
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block more; `num_bytes` has a row of features for padding besides."""
-        return self.num_bytes(2) - self.num_bytes(1)
-
-    def _feature_bytes(self, num_blocks: int) -> int:
-        if self.head is None:
-            return 0
-        return FeatureStore.num_bytes(num_blocks * self.layout.block_size, self.spec.hidden_size, self.layout.dtype)
+    def num_padding_blocks(self) -> int:
+        """Blocks of the model that the arena has besides: one that takes the features of padding."""
+        return int(self.head is not None)
 
     @staticmethod
     def load(
@@ -105,6 +100,9 @@ class DraftPart:
             head = Eagle3Spec.load(folder, target, has_weights=config.model.load_format != "dummy")
         except ModelError as error:
             raise ConfigError(f"{_KEY}: {error}", _KEY) from None
+        if len(sizes := {instance.num_ranks for instance in config.gpu_instances}) > 1:
+            what = f"an EAGLE-3 head needs instances of one size, and they have {sorted(sizes)} ranks"
+            raise ConfigError(f"{_KEY}: {what}; give them the same tensor_parallel_size", _KEY)
         spec, dtype = head.layer, draft_dtype(config, head.layer)
         _check_block_size(config, spec, block_size, platform)
         table = head.table(dtype, parallel.rank, parallel.size)
@@ -142,13 +140,13 @@ class DraftArenas:
 
     Attributes:
         weights: its weights, uint8. kv: its KV blocks, uint8, as many as the model has.
-        features: uint8, memory of a `FeatureStore`; empty without a head.
+        features: ``[block, token, hidden]``, of a head, in the model's blocks, a block for padding included.
     """
 
     part: DraftPart
     weights: torch.Tensor
     kv: torch.Tensor
-    features: torch.Tensor
+    features: torch.Tensor | None
 
 
 def draft_dtype(config: Config, spec: ModelSpec) -> torch.dtype:

@@ -9,9 +9,8 @@ read the token of position p the head needs the feature of p - 1, and its KV lie
     head reads            cat f0 sat f1 on f2             so its rows are those of a draft model, one position earlier
 
 Features of guesses are the head's own output. The model overwrites them when it verifies the guesses, and the head
-reads those that were right again (`StepPlan.rereads`). Where another worker's arena has the features of a sequence's
-first tokens, the head begins behind them (`SequenceState.draft_start`) with positions from 0. Rotary embeddings depend
-on distances alone, so that costs it these tokens and nothing else.
+reads those that were right again (`StepPlan.rereads`). The features are in the model's blocks, so a transfer or a KV
+tier brings them with the KV. The head's own KV stays where it is: it reads a sequence again where that is missing.
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import msgspec
-import numpy as np
 import torch
 
 from hbserve.config import Config
 from hbserve.engine.batch import StepBatch
 from hbserve.engine.draft_model.arenas import DraftArenas
 from hbserve.engine.draft_model.drafter import ModelDrafter
-from hbserve.engine.draft_model.head_pass import HeadPass
+from hbserve.engine.draft_model.head_pass import HEAD_LAG, HeadPass
 from hbserve.engine.sampler import SamplingBatch
 from hbserve.engine.sequence_table import SequenceTable
-from hbserve.messages.worker import PlanRow, SequenceState
+from hbserve.messages.worker import PlanRow
 from hbserve.models.decoder import Decoder
 from hbserve.models.eagle3 import Eagle3Head, FeatureStore, HiddenTaps
 from hbserve.models.eagle3_spec import Eagle3Spec
@@ -58,33 +56,22 @@ class HeadDrafter(ModelDrafter):
     ) -> None:
         weights: Mapping[str, torch.Tensor] = arenas.part.table.views(arenas.weights)
         decoder = Eagle3Head(head, weights, model.embedding, model.parallel)
-        block_size = arenas.part.layout.block_size
-        store = FeatureStore(arenas.features, num_blocks * block_size, head.layer.hidden_size, decoder.embedding.dtype)
+        assert arenas.features is not None, "blocks have room for a head's features"
+        store = FeatureStore(arenas.features)
         model.taps = HiddenTaps(head, weights, store, decoder.ops)
         self._head = HeadPass(decoder, store, table.max_num_seqs + 1)
-        self._starts = np.zeros(table.max_num_seqs, np.int64)
         super().__init__(config, arenas, decoder, table, num_blocks, platform)
-
-    def install(self, state: SequenceState) -> None:
-        start = state.draft_start
-        assert start % self._layout.block_size == 0, f"slot {state.slot}: a head begins with a block, not at {start}"
-        super().install(msgspec.structs.replace(state, block_ids=state.block_ids[start // self._layout.block_size :]))
-        assert self._head is not None, "it has a forward pass"
-        if self._starts[state.slot] != start:
-            self._starts[state.slot] = start
-            self._head.noise_offsets[state.slot] = start + 1
 
     def _forward(self, rows: list[PlanRow]) -> tuple[torch.Tensor, list[int]]:
         placed = [row for row in map(self._placed, rows) if row.num_tokens]
         return super()._forward(placed) if placed else (self._table.last_token_ids[:0], [])
 
     def _placed(self, row: PlanRow) -> PlanRow:
-        """Return a row where the head has it; a token whose feature is missing falls out."""
-        start = row.start - 1 - int(self._starts[row.slot])
-        if start >= 0:
-            return msgspec.structs.replace(row, start=start)
+        """Return a row where the head has it; the first token of a sequence, with no feature before it, falls out."""
+        if row.start:
+            return msgspec.structs.replace(row, start=row.start - HEAD_LAG)
         assert row.token_ids is not None, f"slot {row.slot}: a guess without a feature"
-        token_ids = row.token_ids[-start:]
+        token_ids = row.token_ids[HEAD_LAG:]
         assert token_ids or not row.sample, f"slot {row.slot}: a guess without a feature"
         return msgspec.structs.replace(row, start=0, num_tokens=len(token_ids), token_ids=token_ids)
 
@@ -99,9 +86,7 @@ class HeadDrafter(ModelDrafter):
         random = batch.sampling.random
         if random is None:
             return batch.sampling
-        assert self._head is not None, "it has a forward pass"
-        positions = random.positions + self._head.noise_offsets[batch.sampled_slots[random.rows]]
-        return replace(batch.sampling, random=replace(random, positions=positions))
+        return replace(batch.sampling, random=replace(random, positions=random.positions + HEAD_LAG))
 
 
 def make_drafter(

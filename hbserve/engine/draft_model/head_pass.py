@@ -8,6 +8,9 @@ from torch import Tensor
 from hbserve.attention.base import Attention
 from hbserve.models.eagle3 import Eagle3Head, FeatureStore
 
+HEAD_LAG = 1
+"""Positions by which a head's rows lie before the model's: the noise of a guess is that of the model's position."""
+
 
 class HeadPass:
     """Feeds a head: tokens whose predecessors the model has computed get stored features, guesses the head's own.
@@ -15,16 +18,11 @@ class HeadPass:
     Args:
         store: features of the pool's tokens.
         num_slots: sequences, and one slot more for padding.
-
-    Attributes:
-        noise_offsets: int64 ``[slots]``, on the device: how far the position that a slot's noise is for lies behind the
-            head's.
     """
 
     def __init__(self, head: Eagle3Head, store: FeatureStore, num_slots: int) -> None:
         self._head, self._store = head, store
-        self._carried = store.rows.new_zeros(num_slots, store.rows.shape[1])  # of the guess that is fed back
-        self.noise_offsets = torch.ones(num_slots, dtype=torch.int64, device=store.rows.device)
+        self._carried = store.carried(num_slots)  # of the guess that is fed back
 
     def forward(
         self,
@@ -43,12 +41,12 @@ class HeadPass:
             last: int64, places of these tokens; None: there is one slot for each token.
         """
         if isinstance(is_fed_back, Tensor):
-            stored = self._store.rows[self._store.places(attention.slot_mapping)]
+            stored = self._store.read(attention.slot_mapping)
             features = torch.where(is_fed_back[:, None], self._carried[slots], stored)
         elif is_fed_back:
             features = self._carried[slots]
         else:
-            features = self._store.rows[self._store.places(attention.slot_mapping)]
+            features = self._store.read(attention.slot_mapping)
         hidden, following = self._head.guess(token_ids, positions, features, attention)
         self._carried[slots] = following if last is None else following[last]
         return hidden

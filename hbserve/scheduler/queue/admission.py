@@ -183,9 +183,6 @@ class Admission:
             num_read=pool.count_read(block_ids[:num_cached]) * pool.block_size,
             stored_runs=self._tiers.find(instance, hashes, num_cached) if prefills else [],
         )
-        if instance.has_eagle_head:
-            runs = allocation.stored_runs
-            allocation.note_foreign(runs[0].first if runs else 0, runs[-1].end if runs else 0)
         return allocation
 
     def _prefix_hashes(self, sequence: Sequence, instance: InstanceHandle, prefills: bool) -> list[bytes]:
@@ -219,9 +216,6 @@ class Admission:
             target.reserve(sequence, decode_allocation)
             sequence.num_blocks_dispatched = decode_allocation.num_computed // decode_allocation.pool.block_size
             decode_allocation.num_planned = decode_allocation.num_tokens_at_entry
-            if target.has_eagle_head:
-                end_block = -(-decode_allocation.num_tokens_at_entry // decode_allocation.pool.block_size)
-                decode_allocation.note_foreign(sequence.num_blocks_dispatched, end_block)
         return True
 
 

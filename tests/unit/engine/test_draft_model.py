@@ -26,10 +26,17 @@ def test_what_cannot_draft_is_refused(tmp_path: Path) -> None:
     target, draft = tmp_path / "target", tmp_path / "draft"
     save_model(target, "qwen3")
 
-    def load(draft: Path = draft, method: str = "draft_model", **model: Any) -> DraftPart | None:
+    def load(
+        draft: Path = draft, method: str = "draft_model", sizes: tuple[int, ...] = (1,), **model: Any
+    ) -> DraftPart | None:
+        instances = [
+            {"instance_id": str(size), "instance_type": role, "tensor_parallel_size": size}
+            for size, role in zip(sizes, ("prefill", "decode") if len(sizes) > 1 else ("unified",), strict=True)
+        ]
         document = {
             "model": {"path": str(target), "device": "cpu", **model},
             "speculation": {"method": method, "model": str(draft)},
+            "gpu_instances": instances,
         }
         platform = make_platform("cpu", 0, 1, 1)
         return DraftPart.load(from_dict(document), ModelSpec.load(target), 16, platform, TensorParallel())
@@ -46,6 +53,8 @@ def test_what_cannot_draft_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"another vocabulary than .*: token '<end>' is 2 and 3"):
         load()
     save_head(tmp_path / "head")
+    with pytest.raises(ConfigError, match=r"instances of one size, and they have \[1, 2\] ranks"):
+        load(draft=tmp_path / "head", method="eagle3", sizes=(1, 2))
     with pytest.raises(ConfigError, match=r"head is an EAGLE-3 head; set speculation\.method: eagle3"):
         load(draft=tmp_path / "head")
     with pytest.raises(ConfigError, match=r"speculation\.model: .*Llama.* is no EAGLE-3 head; a model is for method"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hbserve.engine.model_runner import ModelRunner
 from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.sampling_params import SamplingParams
 from tests.support.model_zoo import VOCAB_SIZE, save_head, save_model
@@ -106,3 +107,31 @@ def test_a_draft_model_changes_no_token_and_the_model_itself_is_always_right(mod
     assert driver.num_drafted > 60
     if model == "qwen3":
         assert driver.num_accepted == driver.num_drafted
+    if model == "head":
+        check_that_blocks_bring_what_a_head_reads(
+            runner, make_runner(tmp_path / "model", draft_model=str(tmp_path / "draft"), **options)
+        )
+
+
+def check_that_blocks_bring_what_a_head_reads(here: ModelRunner, there: ModelRunner) -> None:
+    """What a transfer or a tier moves is the bytes of blocks: the head guesses there what it guesses here."""
+    sender, local = Driver(here), Driver(here, drafter=draft_all, rereads=True)
+    receiver = Driver(there, drafter=draft_all, rereads=True)
+    for length in (1, 2, 31, 33, 48):
+        prompt = make_prompt(length)
+        computed = sender.add(prompt, 1)
+        sender.run(computed)
+        moved = receiver.add(prompt, 24)
+        moved.block_ids += [receiver.free.pop() for _ in computed.block_ids[1:]]
+        for source, target in zip(computed.block_ids, moved.block_ids, strict=True):
+            there.kv_blocks[target] = here.kv_blocks[source]
+        moved.output, moved.computed = list(computed.output), length
+        local.guesses.clear()
+        receiver.guesses.clear()
+        [expected] = local.run(local.add(prompt, 24))
+        assert receiver.run(moved) == [expected]
+        assert receiver.guesses == local.guesses
+
+
+def draft_all(sequence: Sequence, limit: int) -> list[int]:
+    return [TO_BE_DRAFTED] * min(3, limit)
