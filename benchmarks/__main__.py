@@ -29,7 +29,6 @@ _EXPERIMENTS = {
     "experts": "a mixture of experts on one card and, in each way, on two",
     "fp8": "FP8 beside bfloat16: products, decode attention, and an engine's rates",
     "fp8_accuracy": "what FP8 costs in perplexity, and errors by layer",
-    "mixed_steps": "what decode rows cost beside prompt tokens, by the size of a step",
     "prefill": "where the time of a prefill goes, by kind of kernel",
     "verify": "what the checksums of KV transfers cost",
     "kv_tiers": "prompts that are loaded from host memory instead of computed",
