@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 
 from hbserve.config import Config, InstanceRole
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle, Instances
-from hbserve.scheduler.queue.placement import PLACEMENTS, cached_tokens
+from hbserve.scheduler.queue.placement import PLACEMENTS, cached_tokens, num_equal, present_tokens
 from hbserve.scheduler.sequence import KVAllocation, Sequence
 from hbserve.scheduler.tiers.tracker import KVTiers
 
@@ -72,7 +71,7 @@ class Admission:
             for other, _ in self._instances.prompts()
             if other.arrival < sequence.arrival and (sequence.is_batch or not other.is_batch)
         ]
-        lengths = [_num_equal(hashes, other.hashes(block_size)) for other in others]
+        lengths = [num_equal(hashes, other.hashes(block_size)) for other in others]
         longest = max(lengths, default=0)
         if not longest:
             return None, 0
@@ -82,7 +81,9 @@ class Admission:
         """Allocate slots and blocks for prefill and decode, in the order of the placement; False if nothing fits now.
 
         An instance that has enough prompts to fill its next step is given no more, unless the new prompt would be
-        computed before one of those. A request that waits without an allocation holds no blocks and can be overtaken.
+        computed before one of those. Of several instances, one is also given a prompt most of which it has or computes,
+        because another one would compute that anew. A request that waits without an allocation holds no blocks and can
+        be overtaken.
         """
         instances = [
             instance for instance in self._instances.ready if instance.num_free_slots and not instance.is_draining
@@ -90,7 +91,12 @@ class Admission:
         if self._policy.gives_way(sequence, self._clock.now):
             instances = [instance for instance in instances if _leaves_room(sequence, instance)]
         prefilling = [instance for instance in instances if instance.role.prefills]
-        hungry = [instance for instance in prefilling if not self._has_enough(instance, sequence)]
+        has_choice = len(prefilling) > 1
+        hungry = [
+            instance
+            for instance in prefilling
+            if not self._has_enough(instance, sequence) or (has_choice and _has_most(instance, sequence))
+        ]
         self.is_full = False
         decode_instances = [instance for instance in instances if not instance.role.prefills]
         decode_instances = self._placement(sequence, decode_instances, False)
@@ -219,6 +225,10 @@ class Admission:
         return True
 
 
+def _has_most(instance: InstanceHandle, sequence: Sequence) -> bool:
+    return 2 * present_tokens(sequence, instance) >= len(sequence.tokens)
+
+
 def _leaves_room(sequence: Sequence, instance: InstanceHandle) -> bool:
     """Whether a best-effort request leaves room for others on an instance, or has it for itself."""
     if not instance.num_sequences:
@@ -226,11 +236,3 @@ def _leaves_room(sequence: Sequence, instance: InstanceHandle) -> bool:
     blocks, slots = instance.pool.total_blocks // _KEPT_FREE, instance.num_slots // _KEPT_FREE
     num_needed = -(-(len(sequence.tokens) + 1) // instance.pool.block_size)
     return instance.pool.num_free_blocks - num_needed >= blocks and instance.num_free_slots > slots
-
-
-def _num_equal(hashes: list[bytes], others: list[bytes]) -> int:
-    """Return how many leading blocks two prompts have in common: equal hashes say that all before is equal, too."""
-    if not hashes or not others or hashes[0] != others[0]:
-        return 0
-    ends = range(min(len(hashes), len(others)))
-    return bisect.bisect_left(ends, True, key=lambda index: hashes[index] != others[index])

@@ -41,6 +41,25 @@ def test_under_overload_no_request_starves(roles: tuple[str, ...], rate: float) 
     assert in_time > 0.5 * len(requests)
 
 
+@pytest.mark.parametrize("roles", [("unified",) * 2, ("prefill", "prefill", "decode")])
+@pytest.mark.parametrize("gap_s", [0.0, 0.02])
+def test_prompts_that_begin_alike_go_where_their_beginning_is_computed(roles: tuple[str, ...], gap_s: float) -> None:
+    """Bursts of requests about one document each: it is computed once, and the other instance has the next one."""
+    requests = [
+        SimulatedRequest(burst / 100 + gap_s * number, 6144 + 200, 4, (*range(100 * burst, 100 * burst + 12), 9**9 + n))
+        for burst in range(2)
+        for number, n in enumerate(range(8 * burst, 8 * burst + 8))
+    ]
+    requests.sort(key=lambda request: request.arrival)
+    config = make_config([InstanceRole(role) for role in roles], Sizes(placement="prefix_aware"))
+    system = SimulatedSystem(config, steps(), Sizes().num_blocks, TTFT_MS, TPOT_MS)
+    system.serve(requests)
+    computed = sum(request.prompt_tokens - request.cached_tokens for request in requests)
+    assert computed == pytest.approx(2 * 6144 + 16 * 200, rel=0.05)
+    steps_of = [instance.work.busy_s for instance in system.core.instances.prefilling]
+    assert min(steps_of) > 0.3 * max(steps_of)
+
+
 @pytest.mark.parametrize("roles", [("unified",), ("prefill", "decode")])
 def test_best_effort_fills_what_targeted_requests_leave(roles: tuple[str, ...]) -> None:
     """A backlog of best-effort work makes at most 1 % more requests miss their targets, and gets on meanwhile."""
