@@ -5,7 +5,6 @@ Runs as a process of its own, beside the start of a system (`hbserve.system.auto
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import msgspec
@@ -22,7 +21,7 @@ from hbserve.process import child
 from hbserve.simulate.config import Sizes
 from hbserve.simulate.requests import SimulatedRequest
 from hbserve.simulate.standard_loads import CACHED_SHARE, LOADS, MEAN_LENGTHS, standard_load
-from hbserve.simulate.systems import Setting, System, simulate
+from hbserve.simulate.systems import Setting, SimulatedOutcome, System, simulate
 
 GIVEN = "recent"
 """Name of a given load."""
@@ -44,24 +43,35 @@ def predict(orders: PredictionOrders) -> list[CandidatePrediction]:
 
 
 def _predict_given(system: System, orders: PredictionOrders, steps: StepTimePredictor) -> CandidatePrediction:
-    """Simulate a system under the given load, each request with its own target, as the running system treats it."""
-    prompt_tokens = sum(entry.prompt_tokens for entry in orders.load) / len(orders.load)
-    setting = _setting(orders, steps, prompt_tokens)
-    if orders.targets_are_soft:
+    """Simulate a system under the given load."""
+    requests = [_request(entry, number) for number, entry in enumerate(orders.load)]
+    outcome = _simulate(system, orders, steps, requests)
+    return CandidatePrediction(
+        system=system.name, attainment={GIVEN: round(outcome.attainment, 4)}, bound={GIVEN: round(outcome.bound, 4)}
+    )
+
+
+def _simulate(
+    system: System, orders: PredictionOrders, steps: StepTimePredictor, requests: list[SimulatedRequest]
+) -> SimulatedOutcome:
+    """Simulate a system, each request with its own target, as the running system treats it.
+
+    A controller keeps targets that are a guess, too. So beside one, all candidates are simulated as if they did.
+    """
+    scheduler = SchedulerConfig()
+    if orders.targets_are_soft and not any(System.parse(name).form == "slo" for name in orders.candidates):
         scheduler = SchedulerConfig(
             ttft_ms=orders.ttft_ms,
             ttft_ms_per_1k_tokens=orders.ttft_ms_per_1k_tokens,
             tpot_ms=orders.tpot_ms,
             targets_are_soft=True,
         )
-        setting = dataclasses.replace(setting, sizes=dataclasses.replace(setting.sizes, scheduler=scheduler))
-    requests = [_request(entry, number) for number, entry in enumerate(orders.load)]
     for request in requests:
         request.ttft_target_ms = orders.ttft_ms + orders.ttft_ms_per_1k_tokens * request.prompt_tokens / 1000
-    outcome = simulate(system, setting, requests)
-    return CandidatePrediction(
-        system=system.name, attainment={GIVEN: round(outcome.attainment, 4)}, bound={GIVEN: round(outcome.bound, 4)}
-    )
+    mean_ms = sum(request.ttft_target_ms or 0.0 for request in requests) / len(requests)
+    sizes = Sizes(max_num_seqs=orders.max_num_seqs, placement="prefix_aware", scheduler=scheduler)
+    setting = Setting(steps, steps, sizes, RequestTargets(ttft_ms=mean_ms, tpot_ms=orders.tpot_ms))
+    return simulate(system, setting, requests)
 
 
 def _request(entry: LoadEntry, number: int) -> SimulatedRequest:
@@ -74,19 +84,12 @@ def _request(entry: LoadEntry, number: int) -> SimulatedRequest:
     )
 
 
-def _setting(orders: PredictionOrders, steps: StepTimePredictor, prompt_tokens: float) -> Setting:
-    ttft_ms = orders.ttft_ms + orders.ttft_ms_per_1k_tokens * prompt_tokens / 1000
-    sizes = Sizes(max_num_seqs=orders.max_num_seqs, placement="prefix_aware")
-    return Setting(steps, steps, sizes, RequestTargets(ttft_ms=ttft_ms, tpot_ms=orders.tpot_ms))
-
-
 def _predict(system: System, orders: PredictionOrders, steps: StepTimePredictor) -> CandidatePrediction:
     unit, num_gpus = _unit(system)
     attainment, bound = {}, {}
     for load in LOADS:
-        setting = _setting(orders, steps, MEAN_LENGTHS[load][0])
         rate = _UTILISATION * num_gpus / _request_s(load, steps)
-        outcome = simulate(unit, setting, standard_load(load, rate, orders.num_requests, seed=1))
+        outcome = _simulate(unit, orders, steps, standard_load(load, rate, orders.num_requests, seed=1))
         attainment[load], bound[load] = round(outcome.attainment, 4), round(outcome.bound, 4)
     return CandidatePrediction(system=system.name, attainment=attainment, bound=bound)
 
