@@ -8,7 +8,7 @@ import random
 from hbserve.policy.dispatch_timer import DispatchTimer
 from hbserve.policy.step_time_predictor import StepWork
 from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.scheduler import CpuScheduler
+from tests.support.eager_drafts import EagerDrafts
 
 LONGEST_WAIT_S = 4e-3  # steps of the tests' models take about as long
 
@@ -33,7 +33,7 @@ class _AnyTiming(DispatchTimer):
         self._plan_at = None
 
 
-class Dawdler(CpuScheduler):
+class Dawdler(EagerDrafts):
     """Whenever plans are made, the answers are the same."""
 
     def _fill_pipelines(self, instance: InstanceHandle) -> None:

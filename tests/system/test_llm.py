@@ -102,6 +102,7 @@ def llm(request: pytest.FixtureRequest, models: Models) -> Iterator[LLM]:
         is_head = mode == "disaggregated"
         drafter = models.head() if is_head else models.model("qwen3")[0]
         drafting = {"speculation_method": "eagle3" if is_head else "draft_model", "speculation_model": drafter}
+        drafting |= {"scheduler": "tests.support.eager_drafts:EagerDrafts"}
     with LLM(models.model(name)[0], mode=mode, chunk_size=chunk_size, **SETTINGS, **drafting) as running:
         yield running
         assert_no_leaks(running)

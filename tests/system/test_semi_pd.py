@@ -146,6 +146,7 @@ def test_replicas_beside_a_disaggregated_pair(model: str, expected: list[list[in
     ladder: dict[str, list[int]] = {"prefill": [], "decode": []}
     options = SETTINGS | {"gpu_instances": instances, "ladder": ladder, "num_sleepers": 0}
     drafting = {"speculation_method": "draft_model", "speculation_model": model}
+    drafting |= {"scheduler": "tests.support.eager_drafts:EagerDrafts"}
     with LLM(model, mode="semi_pd", **options, **drafting) as llm:
         prompts, sampling = requests()
         outputs = llm.generate(prompts, with_predictions(sampling, expected), use_tqdm=False)

@@ -95,6 +95,7 @@ def llm(
 ) -> Iterator[LLM]:
     """Systems of two ranks per instance; nothing may be left behind in them."""
     settings = SETTINGS | {"kv_transfer_backend": "tests.support.faulty_transfers:FailsOnceOnRank1"}
+    settings |= {"scheduler": "tests.support.eager_drafts:EagerDrafts"}
     drafting = {"speculation_method": "draft_model", "speculation_model": model[0]}
     if request.param == "unified":
         head = tmp_path_factory.mktemp("head")
