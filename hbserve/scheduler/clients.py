@@ -32,7 +32,7 @@ from hbserve.messages.supervisor import MarkRotation, ReportEvent, SetWorkers
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.readiness import Readiness
-from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Sequence, max_total_tokens
 from hbserve.scheduler.stats import SystemStats
 from hbserve.scheduler.worker_registry import WorkerRegistry

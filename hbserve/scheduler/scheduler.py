@@ -7,19 +7,19 @@ done. It runs in a process of its own (`hbserve.scheduler.process`): one thread,
 A request's life, in order; each step runs in the function that is named:
 
 1.  A client's `AddRequest` comes: `ClientMessages.on_message`. `validate` refuses what can never be computed.
-2.  The request waits in the order of ``scheduler.policy``: `RequestLifecycle.add`, `WaitingQueue.insert`.
+2.  The request waits in the order of ``scheduler.policy``: `RequestPhases.add`, `WaitingQueue.insert`.
 3.  It is admitted: `CpuScheduler._schedule_waiting_requests` -> `Admission.allocate` takes a slot and KV blocks for
     prefill and for decode, both or neither.
 4.  Its prompt is planned in chunks: `CpuScheduler._fill_pipelines` -> `WorkerChoice.choose_workers` says which worker
     computes, `StepPlanner.plan_step` sends that worker a `StepPlan`.
 5.  The KV of each chunk moves to the decode instance, if that is another one: `TransferTracker.open`.
-6.  Results come: `WorkerRegistry.on_reply` -> `RequestLifecycle.on_step_done`. The last chunk brings the first token.
+6.  Results come: `WorkerRegistry.on_reply` -> `StepResults.on_step_done`. The last chunk brings the first token.
     The prefill allocation is freed; transfers keep its blocks pinned.
 7.  The last transfer has arrived: `RequestLifecycle.on_transfer_ended`. The request decodes.
 8.  One token is planned in each step (as 4) and comes as a result (as 6). `OutboxWriter.take` batches all new tokens.
-9.  The last token ends it: `RequestLifecycle._close`; its memory is freed: `RequestLifecycle.free_allocation`.
+9.  The last token ends it: `RequestPhases._close`; its memory is freed: `RequestPhases.free_allocation`.
 
-On the way it can go back to step 2: `RequestLifecycle.preempt` (an older request needs its blocks), `on_memory_lost`
+On the way it can go back to step 2: `RequestPhases.preempt` (an older request needs its blocks), `on_memory_lost`
 (an instance was lost), or a transfer that failed.
 
 A mode is only the roles of the instances and their pools: the code asks "is the decode allocation the prefill
@@ -53,7 +53,7 @@ from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.learning.profile_learner import ProfileLearner
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.readiness import Readiness
-from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Sequence
 from hbserve.scheduler.stats import SystemStats
 from hbserve.scheduler.step_planner import StepPlanner

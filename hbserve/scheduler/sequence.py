@@ -8,7 +8,7 @@ Phases of a request. `TRANSITIONS` holds the same as a table, and `Sequence.ente
     every phase ──► finished                               completed, aborted or failed
 
 These records name instances and workers by id. Nothing here imports `instance` or `worker`: those two hold
-sequences, so an object reference would close an import circle. `RequestLifecycle` finds an instance by its id,
+sequences, so an object reference would close an import circle. `RequestPhases` finds an instance by its id,
 `WorkerChoice` a worker. An id that is not found means that the instance's memory, or the worker, is gone.
 """
 
@@ -260,7 +260,7 @@ class KVAllocation:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One request from arrival to its end; `RequestLifecycle` alone changes its phase and its allocations.
+    """One request from arrival to its end; `RequestPhases` alone changes its phase and its allocations.
 
     Attributes:
         client: ZeroMQ identity of the client that sent the request.

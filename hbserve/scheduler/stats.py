@@ -17,7 +17,7 @@ from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.learning.profile_learner import ProfileLearner
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
-from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.speculation import DRAFTERS

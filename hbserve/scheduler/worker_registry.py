@@ -32,7 +32,7 @@ from hbserve.scheduler.learning.profile_learner import ProfileLearner
 from hbserve.scheduler.membership import InstanceMembership
 from hbserve.scheduler.metrics import EventLog
 from hbserve.scheduler.readiness import Readiness
-from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 

@@ -18,12 +18,13 @@ from hbserve.messages.client import RequestOutput
 from hbserve.messages.tiers import TierResult
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepLost, StepResult
-from hbserve.scheduler import request_lifecycle, step_builder, step_planner, transfer_tracker
 from hbserve.scheduler import sequence as sequence_module
+from hbserve.scheduler import step_builder, step_planner, transfer_tracker
 from hbserve.scheduler.core_io import OutboxWriter
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle
-from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.requests import step_results
+from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import KVAllocation, Phase, Sequence
 from hbserve.scheduler.step_planner import StepPlanner
 from hbserve.scheduler.tiers.lookups import TierLookups
@@ -347,8 +348,8 @@ def a_wrong_guess_is_accepted(patch: Patch) -> None:
         accepted = original(draft, sampled)
         return list(sampled[: len(accepted) + 1])
 
-    original = request_lifecycle.accepted_tokens
-    patch.setattr(request_lifecycle, "accepted_tokens", accepted_tokens)
+    original = step_results.accepted_tokens
+    patch.setattr(step_results, "accepted_tokens", accepted_tokens)
 
 
 @_plant

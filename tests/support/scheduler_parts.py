@@ -14,7 +14,7 @@ from hbserve.metrics.collector import SemiPDMetricsCollector
 from hbserve.scheduler.core_io import Clock, OutboxWriter, Start
 from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
-from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Sequence
 from hbserve.scheduler.step_planner import StepPlanner
 from hbserve.scheduler.transfer_tracker import TransferTracker

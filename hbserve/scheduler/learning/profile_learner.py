@@ -20,7 +20,7 @@ from hbserve.policy.probe_step import ProbeSize, probe_rows
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.metrics import EventLog
-from hbserve.scheduler.request_lifecycle import RequestLifecycle
+from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import InflightStep
 from hbserve.scheduler.step_planner import StepPlanner
 

@@ -15,7 +15,7 @@ OWNERS = {
     "pins": (r"pool\.(?:pin|unpin)\(", {"sequence.py"}),
     "a transfer's states": (r"\.(?:sender|receiver) = |\.state = ", {"transfer.py"}),
     "phases": (r"\.phase = ", {"sequence.py"}),
-    "a request's memory": (r"\.(?:free|free_slot|free_allocation)\(", {"request_lifecycle.py"}),
+    "a request's memory": (r"\.(?:free|free_slot|free_allocation)\(", {"phases.py"}),
     "the choice of workers": (r"\._current\b", {"worker_choice.py"}),
     "connections": (r"(?:by_connection\[.*\] = |\.last_seen = )", {"worker_registry.py"}),
     "the queue": (r"waiting\.(?:append|insert|remove|pop)\(", {"waiting_queue.py"}),

@@ -1,0 +1,1 @@
+"""Open requests of the scheduler: their phases, and what changes them."""
