@@ -243,10 +243,10 @@ def _from_config(
     family: Family, config: Any, dtype: torch.dtype, tied_embeddings: bool, max_model_len: int | None
 ) -> ModelSpec:
     name = getattr(config, family.activation_key)
-    activation = family.activation or (ACTIVATIONS_BY_NAME.get(name) if isinstance(name, str) else None)
+    known = {key: value for key, value in ACTIVATIONS_BY_NAME.items() if (value == "xielu") == bool(family.curve)}
+    activation = family.activation or (known.get(name) if isinstance(name, str) else None)
     if activation is None:
-        supported = ", ".join(ACTIVATIONS_BY_NAME)
-        raise ModelError(f"{family.activation_key} {shown(name)} is not supported; supported are {supported}")
+        raise ModelError(f"{family.activation_key} {shown(name)} is not supported; supported are {', '.join(known)}")
     for key, values in family.fixed.items():
         value = getattr(config, key, None)
         if value not in values:

@@ -21,6 +21,7 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "xielu": lambda x: x,  # `xielu` has parameters of each layer
 }
 
 
@@ -38,6 +39,19 @@ def _clamped_swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     gate, up = gate.clamp(max=_CLAMP), up.clamp(-_CLAMP, _CLAMP)
     return torch.mul(up + 1, gate * torch.sigmoid(gate * _SWIGLU_ALPHA), out=out)
+
+
+def xielu(up: Tensor, curve: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return xIELU of ``up``, in ``out`` if given (Huang and Schlag 2024): a parabola above 0, an exponential below.
+
+    Args:
+        curve: ``[4]``: two parameters that a softplus makes the slopes of, the linear part, and the bound of exponents.
+    """
+    above, below, slope, bound = curve.unbind()
+    positive = F.softplus(above) * up * up + slope * up
+    negative = (torch.expm1(torch.minimum(up, bound)) - up) * (slope + F.softplus(below)) + slope * up
+    activated = torch.where(up > 0, positive, negative)
+    return activated if out is None else out.copy_(activated)
 
 
 def make_activation(name: Activation, is_gated: bool) -> Activate:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbserve.attention.base import Attention
-from hbserve.layers.activations import make_activation
+from hbserve.layers.activations import make_activation, xielu
 from hbserve.layers.experts import ExpertWeights, mix_experts
 from hbserve.layers.fp8 import Fp8Linear
 from hbserve.layers.linear import Linear, LinearKernels, PlainLinear, Rows
@@ -110,7 +110,14 @@ class LayerOps:
         """Apply a linear layer to the norm of the stream."""
         return self.linear(self.norm(stream, norm), layer)
 
-    def norm_up_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear, reader: Linear) -> Rows:
+    def norm_up_linear(
+        self,
+        stream: ResidualStream,
+        norm: Tensor | None,
+        layer: Linear,
+        reader: Linear,
+        curve: Tensor | None = None,
+    ) -> Rows:
         """Apply a linear layer with outputs ``gate | up`` to the norm of the stream; return ``activation(gate) * up``.
 
         Without gate, the outputs are ``up`` and the result is ``activation(up)``. Rows are computed in slices, because
@@ -118,25 +125,26 @@ class LayerOps:
 
         Args:
             reader: the layer that reads the result, in the form that it wants.
+            curve: parameters of `hbserve.layers.activations.xielu`, which then is the activation.
         """
         x = self._norm_for(stream, norm, layer)
         num_rows = stream.total.shape[0]
         if num_rows <= _UP_ROWS:
-            return self._activate_for(reader, self.linear(x, layer), None)
+            return self._activate_for(reader, self.linear(x, layer), None, curve)
         out = self._memory_for(reader, num_rows, layer.num_outputs // (2 if self._is_gated else 1))
         for begin in range(0, num_rows, _UP_ROWS):
             rows = slice(begin, begin + _UP_ROWS)
-            self._activate_for(reader, self.linear(x[rows], layer), out[rows])
+            self._activate_for(reader, self.linear(x[rows], layer), out[rows], curve)
         return out
 
     def _norm_for(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Rows:
         """Return the norm of the stream as ``layer`` reads it."""
         return self.norm(stream, norm)
 
-    def _activate_for(self, layer: Linear, up: Tensor, out: Rows | None) -> Rows:
+    def _activate_for(self, layer: Linear, up: Tensor, out: Rows | None, curve: Tensor | None = None) -> Rows:
         """Return the activation as ``layer`` reads it, in ``out`` if given."""
         assert out is None or isinstance(out, Tensor), "plain torch computes tensors"
-        return self._activate(up, out)
+        return self._activate(up, out) if curve is None else xielu(up, curve, out)
 
     def _memory_for(self, layer: Linear, num_rows: int, num_inputs: int) -> Rows:
         """Allocate inputs ``[rows, inputs]`` of a layer."""
@@ -290,7 +298,14 @@ class FusedOps(LayerOps):
             return self._kernels[type(layer)].one_row(layer, stream.total, norm=norm, eps=self.eps)
         return self.linear(self._norm_for(stream, norm, layer), layer)
 
-    def norm_up_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear, reader: Linear) -> Rows:
+    def norm_up_linear(
+        self,
+        stream: ResidualStream,
+        norm: Tensor | None,
+        layer: Linear,
+        reader: Linear,
+        curve: Tensor | None = None,
+    ) -> Rows:
         if stream.total.shape[0] == 1 and stream.pending is None:
             return self._kernels[type(layer)].one_row(layer, stream.total, norm=norm, eps=self.eps, is_gated=True)
         return super().norm_up_linear(stream, norm, layer, reader)
@@ -301,7 +316,8 @@ class FusedOps(LayerOps):
         pending, stream.pending = stream.pending, None
         return self._kernels[type(layer)].norm(layer, pending, stream.total, norm, self.eps)
 
-    def _activate_for(self, layer: Linear, up: Tensor, out: Rows | None) -> Rows:
+    def _activate_for(self, layer: Linear, up: Tensor, out: Rows | None, curve: Tensor | None = None) -> Rows:
+        assert curve is None, "the kernels know no activation with parameters"
         if out is None and up.shape[0] == 1:  # `LinearKernels.one_row` reads a tensor
             return self._activate(up, None)
         return self._kernels[type(layer)].gate(layer, up, out)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 NormKind = Literal["rms", "olmo_rms", "gemma_rms", "layer", "layer_1p", "plain_layer"]
 """Kinds of norms; `hbserve.layers.norms` has the formulae."""
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "xielu"]
 
 ACTIVATIONS_BY_NAME: Mapping[str, Activation] = {
     "silu": "silu",
@@ -23,6 +23,7 @@ ACTIVATIONS_BY_NAME: Mapping[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
 """Activations by their names in ``config.json``."""
 
@@ -125,6 +126,7 @@ class Family:
         is_gated: the feed-forward layer computes ``activation(gate) * up``; else ``activation(up)``.
         activation_key: key that names the activation of the feed-forward layer.
         activation: that activation, whatever the key says; None: the key counts.
+        curve: names of four numbers of the activation within the feed-forward layer; empty: it has no parameters.
         qkv_bias, o_bias, mlp_bias: these projections have a bias: always, never, or as a key of ``config.json`` says.
         norm_eps_key: key of the norms' epsilon.
         is_partly_rotated: ``partial_rotary_factor`` is the rotated part of each head.
@@ -173,6 +175,7 @@ class Family:
     is_gated: bool = True
     activation_key: str = "hidden_act"
     activation: Activation | None = None
+    curve: tuple[str, ...] = ()
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False

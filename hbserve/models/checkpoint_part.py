@@ -77,6 +77,19 @@ class CheckpointVector(CheckpointPart):
 
 
 @dataclass(frozen=True)
+class CheckpointNumber(CheckpointPart):
+    """A single number of the model's dtype; every rank has it."""
+
+    is_slice: ClassVar[bool] = False
+
+    def has_shape(self, shape: tuple[int, ...]) -> bool:
+        return math.prod(shape) == 1
+
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
+        return cast(Tensor, source[...]).reshape(1)
+
+
+@dataclass(frozen=True)
 class StackedExpertsPart(CheckpointPart):
     """The matrices of all experts in one tensor ``[experts, rows, columns]``; the arena has their rows, stacked.
 

@@ -44,6 +44,7 @@ class _Layer:
     attention_out_norm: Tensor | None = None
     mlp_in_norm: Tensor | None = None
     mlp_out_norm: Tensor | None = None
+    curve: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
@@ -223,7 +224,7 @@ class Decoder:
         if stream.block_input is not None:
             ops.norm(stream, None)  # adds the output of attention
             source = ResidualStream(stream.block_input)
-        inner = ops.norm_up_linear(source, layer.mlp_in_norm, up, reader=down)
+        inner = ops.norm_up_linear(source, layer.mlp_in_norm, up, reader=down, curve=layer.curve)
         ops.add_linear(stream, inner, down, layer.mlp_out_norm)
 
     def finish(self, stream: ResidualStream) -> Tensor:

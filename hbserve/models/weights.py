@@ -26,6 +26,7 @@ from hbserve.layers.parallel import vocab_shard
 from hbserve.model_families.declaration import Experts
 from hbserve.model_spec import DTYPES, EMBEDDING, LM_HEAD, ModelSpec
 from hbserve.models.checkpoint_part import (
+    CheckpointNumber,
     CheckpointPart,
     CheckpointVector,
     ColumnExpertsPart,
@@ -55,10 +56,10 @@ class WeightTable(msgspec.Struct, frozen=True):
     """The table of all parameters of one rank; plain data that msgspec can send.
 
     Attributes:
-        entries: parameters by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``,
-            ``qkv``, ``q_norm``, ``k_norm``, ``o``, ``up`` (``gate | up`` where there is a gate), ``down``, and the
-            fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. A layer with experts has the fields
-            of `hbserve.layers.experts.ExpertWeights`. A tied ``lm_head`` lies at ``embedding``. A quantised matrix has
+        entries: parameters by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``, ``qkv``,
+            ``q_norm``, ``k_norm``, ``o``, ``up`` (``gate | up`` where there is a gate), ``down``, ``curve``, and the
+            fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. A layer with experts has the fields of
+            `hbserve.layers.experts.ExpertWeights`. A tied ``lm_head`` lies at ``embedding``. A quantised matrix has
             further parameters, see `hbserve.models.schemes`. ``sinks [layers * heads]`` are those of attention.
             ``kv_scales [layers * 2, KV heads]`` are those of KV in FP8, of keys and values of one layer after the
             other, if the checkpoint has them.
@@ -190,6 +191,8 @@ class Sharding:
             if spec.experts.shared_size:
                 yield from self._shared_expert(prefix, spec.experts)
             return
+        if family.curve:
+            yield "curve", tuple(CheckpointNumber(f"{mlp}{name}", (1,), 0, 0, 1) for name in family.curve)
         up = _Slice(spec.intermediate_size, list(self.share(spec.intermediate_size, family.width_key)))
         ups = [up] * (2 if family.is_gated else 1)
         yield from self._column_parallel("up", spec.mlp_bias, mlp, family.up, ups, spec.weight_format)

@@ -349,6 +349,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "rope_parameters": _YARN_ROPE | {"llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    "apertus": {"model_type": "apertus", "rope_parameters": _LLAMA3_ROPE},
     "internlm3": {"model_type": "internlm3", "head_dim": 16, "qkv_bias": True, "bias": True},
     "cohere": {"model_type": "cohere", "tie_word_embeddings": True, "logit_scale": 0.25},
     "cohere2": {
@@ -396,7 +397,7 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 _SHARED = (
     *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
     *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
-    *("ministral3", "internlm3", "cohere", "hunyuan", "hunyuan_moe"),
+    *("apertus", "ministral3", "internlm3", "cohere", "hunyuan", "hunyuan_moe"),
     *("granitemoeshared", "granite4", "gemma3_with_images", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
