@@ -22,6 +22,7 @@ import pytest
 import zmq
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
+from hbserve.bench.target import EngineTarget
 from hbserve.config import Config, InstanceRole, ServerConfig, from_dict
 from hbserve.errors import EngineDeadError, RequestFailedError, SchedulerRestartingError
 from hbserve.frontend.outputs import GenerationOutput
@@ -238,6 +239,14 @@ async def test_streams_go_on_when_the_scheduler_is_killed_or_stopped_and_a_reque
         assert await work == expected_streams
         await system.assert_whole()
         assert (await system.events())["given_up"] == 1
+
+        # Benchmarks let the same instances serve under a scheduler of another configuration.
+        target, frozen = EngineTarget(llm, SamplingParams()), config.freeze()
+        other = msgspec.structs.replace(frozen.scheduler, policy="fcfs")
+        await target.restart_scheduler(msgspec.structs.replace(frozen, scheduler=other))
+        described = (await target.describe())["config"]
+        assert (described["scheduler"]["policy"], described["model"]["path"]) == ("fcfs", DEMO.name)
+        assert_same(await system.generate(), expected)
 
 
 async def test_workers_that_share_memory_finish_the_steps_of_the_dead_scheduler_first() -> None:
