@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +17,6 @@ import msgspec
 import torch
 
 from hbserve.errors import ModelError
-from hbserve.hints import nearest
 from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
 from hbserve.model_families.declaration import ACTIVATIONS_BY_NAME, Activation, Experts, Family, LayerNorms, Scales
 from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, reason_of, shown
@@ -59,6 +59,9 @@ transformers would allocate a name for each of ``num_labels``, for example."""
 _MAX_EXPERTS = 1 << 16
 """Bound of the experts of all layers together, since each is three tensors of the checkpoint. The largest published
 models have about 40,000."""
+
+_CLASS, _MAX_COMPARED = "ForCausalLM", 100
+"""End of most classes' names, and the part of a name that is compared with those of families."""
 
 _MAX_SCALE = 1e6
 """Bound of factors and soft caps: far above every published model, and finite in every dtype's products."""
@@ -215,12 +218,12 @@ def _family(document: dict[str, Any]) -> tuple[str, Family]:
             raise ModelError(f"{key} {shown(document[key])} is not {'a list of names' if key[0] == 'a' else 'a name'}")
     if not architectures:
         if model_type is None or model_type not in FAMILIES:
-            hint = nearest(model_type or "", [*FAMILIES])
+            hint = _nearest_family(model_type or "", {name: name for name in FAMILIES})
             raise ModelError(f"model_type {model_type!r} is not supported{hint}. `hbserve models` lists all")
         return model_type, FAMILIES[model_type]
     family = BY_ARCHITECTURE.get(architectures[0])
     if family is None:
-        hint = nearest(architectures[0], [*BY_ARCHITECTURE])
+        hint = _nearest_family(architectures[0], {name.removesuffix(_CLASS): name for name in BY_ARCHITECTURE})
         raise ModelError(f"architecture {architectures[0]!r} is not supported{hint}. `hbserve models` lists all")
     other = FAMILIES.get(model_type or "")
     if other is not None and other.saved_as == family.architecture:
@@ -231,6 +234,18 @@ def _family(document: dict[str, Any]) -> tuple[str, Family]:
             f"{model_type!r}; correct the wrong one"
         )
     return family.model_type, family
+
+
+def _nearest_family(name: str, by_stem: dict[str, str]) -> str:
+    """Return a hint such as ``; the nearest supported one is 'llama'``, or none if no name is near.
+
+    It does not say that the other one is meant: models of a similar name may differ in much.
+    """
+    name = name[:_MAX_COMPARED]
+    misspelt = difflib.get_close_matches(name, by_stem.values(), n=1, cutoff=0.9)
+    related = difflib.get_close_matches(name.removesuffix(_CLASS), by_stem, n=1, cutoff=0.6)
+    found = [*(by_stem[stem] for stem in related), *misspelt]
+    return f"; the nearest supported one is {found[0]!r}" if found else ""
 
 
 def _first_lines(error: Exception) -> str:
