@@ -37,6 +37,7 @@ _EXPERIMENTS = {
     "kv_tier_bounds": "what a KV tier of a size can be worth at most on a trace",
     "chaos": "killed processes, malformed requests, configurations and model folders, from a seed",
     "speculation": "what drafts bring at a forced acceptance, by batch size",
+    "edit": "what drafts from text bring where a real model repeats a text with a change",
     "semi_pd": "prefill and decode that share a device: rotations, losses, gaps",
 }
 

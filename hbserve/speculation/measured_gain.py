@@ -10,8 +10,9 @@ same tokens would have come without drafts::
 
     gain    what was measured lately, and `kept`: as a part of what was promised. Drafts are tried while the gain is
             enough, or a promise that counts for that part is
-    debt    time lost by drafts, and by looking at guesses; it is paid back by 1 % of all time. With too much of it
-            no guess is looked at until it is paid
+    debt    time lost by drafts; it is paid back by 1 % of all time. With too much of it no guess is looked at until it
+            is paid. What was lost between two measurements of T(N) is computed with their mean: a host gets slower and
+            faster
 
 So drafts cost about 1 % of the time and `_MAX_DEBT_STEPS` steps at most, for each size of a batch.
 Runs in the scheduler's process; time is passed in.
@@ -80,7 +81,9 @@ class _Size:
         drafting_s: time of steps with drafts, recent ones first; brought_s: time that their tokens would have taken
             without drafts; promised_s: what that would be if promises had been kept.
         expected: part of promises that is expected to be kept, before it is measured.
-        debt_s: see the head of this file; is_closed: it was too much, and is not paid yet.
+        settled_s: debt up to the last measurement of plain steps; spent_s, brought_steps: what drafts have taken since
+            then, and the plain steps that would have brought the same.
+        is_closed: the debt was too much, and is not paid yet.
         num_waited: intervals without drafts, one after the other.
     """
 
@@ -93,7 +96,10 @@ class _Size:
     brought_s: float = 0.0
     promised_s: float = 0.0
     expected: float = 1.0
-    debt_s: float = 0.0
+    settled_s: float = 0.0
+    spent_s: float = 0.0
+    brought_steps: float = 0.0
+    last_plain_s: float = 0.0
     is_closed: bool = False
     num_waited: int = 0
 
@@ -109,6 +115,11 @@ class _Size:
         first_s = _FIRST_INTERVALS * self.plain_s
         return min((self.brought_s + self.expected * first_s) / (self.promised_s + first_s), _MAX_KEPT)
 
+    @property
+    def debt_s(self) -> float:
+        """Time that drafts have lost; at least 0."""
+        return max(self.settled_s + self.spent_s - self.brought_steps * self.plain_s, 0.0)
+
     def like(self) -> _Size:
         """Return what is known of another size at first: the same, but it is to be measured soon."""
         known = self.plain_s, self.plain_work
@@ -121,6 +132,25 @@ class _Size:
         rows, keys = zip(*[work for _, work in self.plain], strict=True)
         self.plain_work = statistics.fmean(rows), statistics.fmean(keys)
         self.num_due, self.age = max(self.num_due - 1, 0), 0
+        if not self.num_due:
+            mean_s = (self.plain_s + (self.last_plain_s or self.plain_s)) / 2
+            self.settled_s = max(self.settled_s + self.spent_s - self.brought_steps * mean_s, 0.0)
+            self.spent_s, self.brought_steps, self.last_plain_s = 0.0, 0.0, self.plain_s
+        self.pay(seconds)
+
+    def spend(self, seconds: float, brought_s: float) -> None:
+        """Count an interval that drafts have changed."""
+        self.spent_s += (1 - _MAX_LOSS) * seconds
+        self.brought_steps += brought_s / self.plain_s
+        self.pay(0.0)
+
+    def pay(self, seconds: float) -> None:
+        """Pay back debt after an interval, and see whether drafts are permitted."""
+        self.settled_s = max(self.settled_s - _MAX_LOSS * seconds, 0.0)
+        if not self.is_closed and self.debt_s > _MAX_DEBT_STEPS * self.plain_s:
+            self.is_closed, self.num_due = True, _NUM_PLAIN
+        elif not self.debt_s:
+            self.is_closed = False
 
     def add_drafting(self, seconds: float, brought_s: float, gain: float) -> None:
         """Note an interval with drafts."""
@@ -148,7 +178,7 @@ class GainMeter:
         self._fit = LeastSquares([0.0] * 3, memory=_MEMORY_OF_PLAIN)  # of plain steps: of each, of a row, of a key
         self._sizes: dict[tuple[int, bool], _Size] = {}
         self._since: float | None = None  # of the interval that the next result ends; None: the worker was idle in it
-        self._was_plain = False
+        self._was_plain = self._drafted = False  # the last interval
 
     @staticmethod
     def size_of(num_sequences: int, is_shared: bool) -> tuple[int, bool]:
@@ -181,7 +211,7 @@ class GainMeter:
         """
         seconds, self._since = None if self._since is None else now - self._since, now
         if tried is None or seconds is None:
-            self._was_plain = False
+            self._was_plain = self._drafted = False
             return
         size = self._sizes.get(tried.size)
         if size is None:
@@ -189,20 +219,23 @@ class GainMeter:
             size = self._sizes[tried.size] = _Size() if nearest is None else nearest.like()
         is_plain = tried.is_whole and not tried.has_looked and not tried.gain
         was_plain, self._was_plain = self._was_plain, is_plain
+        drafted, self._drafted = self._drafted, tried.gain > 0
         if is_plain and was_plain and seconds > 0:  # the first one after others may have waited for their results
             size.add_plain(seconds, (tried.num_sequences, tried.num_keys))
             self._fit.add((1.0, tried.num_sequences, tried.num_keys), seconds, 1 / seconds)
             self._fit.sweep()
-            self._settle(size, -_MAX_LOSS * seconds)
             size.add_waiting()
             return
-        if not size.plain_s:
+        if not size.plain_s or seconds <= 0:
             return
         plain_s = self._plain_s(size, tried)
         seconds = min(seconds, _MAX_OUTLIER * plain_s * max(1.0, num_tokens / tried.num_sequences))
         brought_s = num_tokens / tried.num_sequences * plain_s
-        self._settle(size, (1 - _MAX_LOSS) * seconds - brought_s)
-        if tried.gain and seconds > 0:
+        if tried.gain or drafted:
+            size.spend(seconds, brought_s)
+        else:
+            size.pay(seconds)
+        if tried.gain:
             size.add_drafting(seconds, brought_s, tried.gain)
         else:
             size.add_waiting()
@@ -222,14 +255,6 @@ class GainMeter:
         rows, keys = size.plain_work
         more_s = self._fit.predict((0.0, tried.num_sequences - rows, tried.num_keys - keys))
         return min(max(size.plain_s + more_s, size.plain_s / 2), 2 * size.plain_s)
-
-    @staticmethod
-    def _settle(size: _Size, lost_s: float) -> None:
-        size.debt_s = max(size.debt_s + lost_s, 0.0)
-        if size.debt_s > _MAX_DEBT_STEPS * size.plain_s:
-            size.is_closed = True
-        elif not size.debt_s:
-            size.is_closed = False
 
 
 def _min_gain(size: tuple[int, bool]) -> float:

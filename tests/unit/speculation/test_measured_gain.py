@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ class World:
     Attributes:
         now: time; plain_s: time in which all tokens so far would have come without drafts.
         gain: of a step with drafts; promise: what the scheduler predicts.
-        look_s: time of the host to look at guesses, which the device waits for.
+        drift: part by which the host gets slower and faster, all in 1000 steps.
     """
 
     rng: random.Random
@@ -35,7 +36,7 @@ class World:
     def __post_init__(self) -> None:
         rng = self.rng
         self.fixed_s, self.per_row_s, self.per_key_s = rng.uniform(0.5e-3, 8e-3), rng.uniform(0, 1e-4), 2e-8
-        self.noise, self.look_s = rng.choice((0.0, 0.05, 0.2)), rng.choice((0.0, 0.0, 0.05)) * self.fixed_s
+        self.noise, self.drift, self.num_steps = rng.choice((0.0, 0.05, 0.2)), rng.choice((0.0, 0.3)), 0
         self.gains = sorted(rng.uniform(0.6, 2.5) for _ in range(2))
 
     def step(self) -> None:
@@ -45,6 +46,7 @@ class World:
         looks = self.meter.may_look(size)
         drafts = looks and self.promise > 1.1 and self.meter.permits(size, self.promise)
         plain_s = self.fixed_s + self.per_row_s * self.num_sequences + self.per_key_s * keys
+        plain_s *= 1 + self.drift * math.sin(self.num_steps / 1000 * math.tau)
         seconds, num_tokens = plain_s, self.num_sequences
         if drafts:
             num_tokens = max(1, round(self.num_sequences * rng.uniform(1.2, 2.8)))
@@ -53,12 +55,13 @@ class World:
         if drafts != self.has_drafted:
             seconds += GAP_S
         self.meter.on_planned(self.now, was_idle=False)
-        self.now += seconds + looks * self.look_s
+        self.now += seconds
         self.plain_s += num_tokens / self.num_sequences * plain_s
         tried = Tried(size, self.num_sequences, keys, looks, self.promise if drafts else 0.0)
         self.meter.on_result(self.now, tried, num_tokens)
         self.has_drafted = drafts
         self.num_drafting += drafts
+        self.num_steps += 1
 
     def change(self, are_promises_true: bool) -> None:
         """Change what drafts gain and promise, and now and then the batch."""
@@ -83,10 +86,10 @@ def test_drafts_lose_at_most_two_percent_whatever_they_promise(seed: int) -> Non
     assert windows[0] >= 0.96, windows
 
 
-@pytest.mark.parametrize("gain", [1.2, 1.5, 3.0])
-def test_drafts_that_gain_are_tried_nearly_always(gain: float) -> None:
+@pytest.mark.parametrize(("gain", "drift"), [(1.2, 0.0), (1.5, 0.3), (3.0, 0.3)])
+def test_drafts_that_gain_are_tried_nearly_always(gain: float, drift: float) -> None:
     world = World(random.Random(1))
-    world.noise = 0.1
+    world.noise, world.drift = 0.1, drift
     world.gain = world.promise = gain
     for _ in range(3000):
         world.step()
@@ -96,7 +99,7 @@ def test_drafts_that_gain_are_tried_nearly_always(gain: float) -> None:
 
 def test_a_try_is_made_again_some_time_after_a_failure() -> None:
     world = World(random.Random(1))
-    world.noise, world.gain, world.promise = 0.0, 0.8, 1.5
+    world.noise, world.drift, world.gain, world.promise = 0.0, 0.0, 0.8, 1.5
     for _ in range(500):
         world.step()
     assert 0 < world.num_drafting < 30
