@@ -17,7 +17,7 @@ from hbserve.messages.worker import Shutdown
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.metrics import EventLog
-from hbserve.scheduler.step_planner import StepPlanner
+from hbserve.scheduler.steps.step_planner import StepPlanner
 from hbserve.scheduler.transfer_tracker import TransferTracker
 
 

@@ -56,7 +56,7 @@ from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Sequence
 from hbserve.scheduler.stats import SystemStats
-from hbserve.scheduler.step_planner import StepPlanner
+from hbserve.scheduler.steps.step_planner import StepPlanner
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker_registry import WorkerRegistry
 

@@ -19,14 +19,15 @@ from hbserve.messages.tiers import TierResult
 from hbserve.messages.transfer import TransferResult
 from hbserve.messages.worker import StepLost, StepResult
 from hbserve.scheduler import sequence as sequence_module
-from hbserve.scheduler import step_builder, step_planner, transfer_tracker
+from hbserve.scheduler import transfer_tracker
 from hbserve.scheduler.core_io import OutboxWriter
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.requests import step_results
 from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import KVAllocation, Phase, Sequence
-from hbserve.scheduler.step_planner import StepPlanner
+from hbserve.scheduler.steps import step_builder, step_planner
+from hbserve.scheduler.steps.decode_planner import DecodePlanner
 from hbserve.scheduler.tiers.lookups import TierLookups
 from hbserve.scheduler.tiers.tracker import KVLoad, KVTiers
 from hbserve.scheduler.transfer_tracker import TransferTracker
@@ -289,13 +290,13 @@ def no_worker_learns_of_a_lost_step(patch: Patch) -> None:
 
 @_plant
 def a_decode_does_not_grow_its_table(patch: Patch) -> None:
-    def grow(self: StepPlanner, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> bool:
+    def grow(self: DecodePlanner, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> bool:
         if allocation.pool.num_free_blocks == 1:
             return False
         return original(self, instance, sequence, allocation)
 
-    original = StepPlanner._grow
-    patch.setattr(StepPlanner, "_grow", grow)
+    original = DecodePlanner._grow
+    patch.setattr(DecodePlanner, "_grow", grow)
 
 
 @_plant
@@ -365,7 +366,7 @@ def a_position_behind_a_draft_is_skipped(patch: Patch) -> None:
 
 @_plant
 def a_draft_has_no_blocks(patch: Patch) -> None:
-    patch.setattr(StepPlanner, "_room_for_draft", lambda self, instance, allocation, num_drafts: num_drafts)
+    patch.setattr(DecodePlanner, "_room_for_draft", lambda self, instance, allocation, num_drafts: num_drafts)
 
 
 @_plant
@@ -407,15 +408,15 @@ def a_head_reads_guesses_with_hidden_states_of_its_own(patch: Patch) -> None:
 
 @_plant
 def a_draft_takes_the_blocks_of_others(patch: Patch) -> None:
-    def room(self: StepPlanner, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
+    def room(self: DecodePlanner, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
         room = original(self, instance, allocation, num_drafts)
         if room < num_drafts and len(instance.allocations) > 1:
             other = next(other for other in instance.allocations.values() if other is not allocation)
             allocation.block_ids.append(other.block_ids[-1])
         return original(self, instance, allocation, num_drafts)
 
-    original = StepPlanner._room_for_draft
-    patch.setattr(StepPlanner, "_room_for_draft", room)
+    original = DecodePlanner._room_for_draft
+    patch.setattr(DecodePlanner, "_room_for_draft", room)
 
 
 @_plant

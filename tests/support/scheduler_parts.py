@@ -16,7 +16,7 @@ from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.metrics import EventLog, SchedulerMetrics
 from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import Sequence
-from hbserve.scheduler.step_planner import StepPlanner
+from hbserve.scheduler.steps.step_planner import StepPlanner
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from tests.support.hellos import hello

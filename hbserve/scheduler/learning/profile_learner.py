@@ -22,7 +22,7 @@ from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.metrics import EventLog
 from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import InflightStep
-from hbserve.scheduler.step_planner import StepPlanner
+from hbserve.scheduler.steps.step_planner import StepPlanner
 
 _IDLE_S = 1.0
 """Time without a request before the first probe: between two turns of a conversation there is none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable
@@ -16,39 +15,23 @@ from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import InflightStep, KVAllocation, Sequence
-from hbserve.scheduler.step_builder import Leaving, StepBuilder
+from hbserve.scheduler.steps.decode_planner import Allocations, DecodePlanner
+from hbserve.scheduler.steps.step_builder import Leaving, StepBuilder
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle, phases_of
 from hbserve.scheduler.worker_choice import StepLimit
-from hbserve.speculation import Draft
-from hbserve.speculation.choice import Candidate, Way, choose
-from hbserve.speculation.measured_gain import GainMeter
-from hbserve.speculation.rounds import MAX_ROUNDS
-from hbserve.speculation.speculator import Record
 
 logger = logging.getLogger(__name__)
 
 _MAX_LAYER_GROUPS = 4
 """Layer groups of all last chunks in a step."""
-_MAX_ROUNDS_S, _MIN_ROUND_S = 16e-3, 0.1e-3
+_MAX_ROUNDS_S = 16e-3
 """Time that all rounds of a step take together; a prompt that comes meanwhile waits for them."""
 _MAX_ROUNDS_SHARE = 0.05
 """The same as a part of the tightest TTFT target."""
-_MAX_UNREAD_TOKENS = 2048
-"""Tokens that the draft model reads in a step, of all sequences: of a prompt, about a tenth would take as long."""
-_SHORT_READ, _MAX_READ_PER_TOKEN = 16, 16
-"""Tokens that the draft model always reads, and how many more for each token that is left of a sequence's output."""
-_SEQUENCES_PER_LOOK = 32
-"""While a batch drafts nothing, the scheduler looks at the guesses of so many sequences a step, in the mean: to look at
-256 would take it longer than to plan the step."""
 _MIN_JOINING = 2
 """Tokens of a row that joins blocks which its own step fills. The kernel for rows of one token reads KV of earlier
 steps before it waits for what this step writes (`hbserve.attention.paged_decode`)."""
-_MAX_LEFT_OUT = 0.1
-"""Part of the decoding sequences that a step with prompts may leave out while their drafts are verified. The wait for
-their results costs a gap; a step without them costs each of them the time of a step with prompts."""
-_NO_DRAFT = Draft([], "", Record())
-_Allocations = list[tuple[Sequence, KVAllocation]]
 
 
 class StepPlanner:
@@ -73,9 +56,8 @@ class StepPlanner:
         self._policy = policy
         self._is_chunked, self._max_chunk = config.chunked_prefill.enabled, config.max_chunk
         self._max_num_batched_tokens = config.performance.max_num_batched_tokens
-        self._max_rows = config.performance.max_num_seqs
         self._transfers = transfers
-        self._preempt = preempt
+        self._decodes = DecodePlanner(config, preempt)
         self._logs_plans = logger.isEnabledFor(logging.DEBUG)
         self._layer_group_bytes = config.kv_transfer.layer_group_bytes
         self._clock = clock
@@ -99,7 +81,7 @@ class StepPlanner:
             may_draft = not (InstanceRole.PREFILL in phases and instance.prompts)
             may_repeat = not (instance.prompts or batch) and worker.cell is None
             max_rounds_s = min(_MAX_ROUNDS_S, _MAX_ROUNDS_SHARE * self._policy.tightest_ttft_s) if may_repeat else 0.0
-            if not self._plan_decodes(step, instance, others, None, may_draft, max_rounds_s):
+            if not self._decodes.plan(step, instance, others, None, may_draft, max_rounds_s):
                 return False
             has_decodes = bool(step.rows)
         if InstanceRole.PREFILL in phases:
@@ -115,168 +97,11 @@ class StepPlanner:
         self._send(instance, worker, step, worker.role)
         return True
 
-    def _plan_decodes(
-        self,
-        step: StepBuilder,
-        instance: InstanceHandle,
-        allocations: _Allocations,
-        max_rows: int | None = None,
-        may_draft: bool = True,
-        max_rounds_s: float = 0.0,
-    ) -> bool:
-        """Plan the decoding sequences; False: none of them may be in a step before a result is known.
-
-        Args:
-            max_rounds_s: how long all rounds of the step together may take.
-        """
-        decoding = self._decoding(step, instance, allocations)[:max_rows]
-        step.num_decoding += len(decoding)
-        step.decoding_keys += sum([allocation.num_planned for _, allocation in decoding])
-        if step.size is None:
-            step.size = GainMeter.size_of(len(decoding), step.is_shared)
-        drafts = self._choose_drafts(step, instance, decoding, max_rounds_s) if may_draft else _not_without(decoding)
-        if drafts is None:
-            return False
-        step.worker.num_undrafted = 0 if drafts else step.worker.num_undrafted + 1
-        if step.rounds > 1:
-            step.rounds = self._rounds(instance, decoding, drafts, step.rounds)
-        for sequence, allocation in decoding:
-            if step.num_tokens >= self._max_num_batched_tokens:
-                break
-            if not drafts:
-                self._plan_decode(step, instance, sequence, allocation)
-            elif (draft := drafts.get(sequence, _NO_DRAFT)) is not None:
-                self._plan_decode(step, instance, sequence, allocation, draft)
-        return True
-
-    def _choose_drafts(
-        self,
-        step: StepBuilder,
-        instance: InstanceHandle,
-        decoding: _Allocations,
-        max_rounds_s: float,
-    ) -> dict[Sequence, Draft | None] | None:
-        """Choose which sequences get a draft in this step, and which wait for one.
-
-        Returns:
-            Its draft for each sequence that gets one, and None for each that is left out until its last token is known.
-            None instead: the whole step waits for a result.
-        """
-        candidates, sequences = [], []
-        usually_unread = MAX_DRAFT_TOKENS if instance.has_eagle_head else 1  # after a draft
-        speculating = [item for item in decoding if item[0].speculator is not None]
-        max_rows = min(self._max_rows, self._max_num_batched_tokens) - step.num_tokens - len(decoding)
-        if not speculating or max_rows <= 0:
-            return {}
-        assert step.size is not None, "the step knows of its decoding sequences"
-        if step.worker.num_undrafted % max(1, len(speculating) // _SEQUENCES_PER_LOOK):
-            return {}
-        if not step.worker.gain.may_look(step.size):
-            return {}
-        step.has_looked = True
-        for sequence, allocation in speculating:
-            assert sequence.speculator is not None
-            position, tokens = allocation.num_planned, sequence.tokens
-            draft = sequence.speculator.draft(tokens, sequence.max_total_tokens - position - 2)
-            if draft is not None and draft.num_to_draft and not _pays_to_read(sequence, allocation):
-                draft = None
-            if draft is not None:
-                judge = functools.partial(instance.choice.is_late, sequence, allocation)
-                is_late = sequence.speculator.judge(len(tokens), judge)
-                must_read = draft.num_to_draft > 0 and position - allocation.num_read > usually_unread
-                candidates.append(Candidate(draft, position, position < len(tokens), is_late, must_read))
-                sequences.append(sequence)
-        if not candidates:
-            return {}
-        keys = sum([allocation.num_planned for _, allocation in decoding])
-        timing = step.worker.timing
-        work = StepWork(len(decoding), keys)
-        gap_s, rounds = timing.gap_s, 1
-        if max_rounds_s:  # a step that waits for every result may do several rounds
-            rounds = int(max_rounds_s / max(timing.predictor.seconds(work), _MIN_ROUND_S))
-            trusted = sum(candidate.draft.record.max_rounds for candidate in candidates) // len(candidates)
-            rounds = max(1, min(rounds, MAX_ROUNDS, trusted))
-            gap_s = (gap_s + (rounds - 1) * timing.round_gap_s) / rounds
-        goes_on = not step.worker.num_undrafted
-        choice = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, timing.read_s, goes_on)
-        way, lengths = choice.way, choice.lengths
-        if way is Way.PLAIN or not step.worker.gain.permits(step.size, choice.gain):
-            return {}
-        step.gain = max(step.gain, choice.gain)
-        are_known = all(allocation.num_planned < len(sequence.tokens) for sequence, allocation in decoding)
-        if way is Way.WHOLE and are_known and not step.worker.inflight:
-            step.rounds = rounds
-        drafts: dict[Sequence, Draft | None] = {}
-        for sequence, candidate, length in zip(sequences, candidates, lengths, strict=True):
-            if length and not candidate.is_known:
-                if way is Way.WHOLE:
-                    return None
-                drafts[sequence] = None
-            elif length:
-                drafts[sequence] = candidate.draft.first(length)
-        return drafts
-
-    def _rounds(
-        self, instance: InstanceHandle, decoding: _Allocations, drafts: dict[Sequence, Draft | None], rounds: int
-    ) -> int:
-        """Return how many rounds a step does, at most ``rounds``, and allocate blocks for them.
-
-        The guesses of most sequences should last. A sequence without guesses, or whose output has ended, is still in
-        the step.
-        """
-        lasting = [
-            1 + len(draft.ahead) // len(draft.token_ids)
-            for draft in drafts.values()
-            if draft is not None and not draft.num_to_draft
-        ]
-        if lasting:
-            rounds = min(rounds, sum(lasting) // len(lasting))
-        for sequence, allocation in decoding:
-            if rounds <= 1:
-                return 1
-            rounds = self._max_rounds(instance, sequence, allocation, rounds, drafts.get(sequence))
-        return rounds
-
-    def _max_rounds(
-        self,
-        instance: InstanceHandle,
-        sequence: Sequence,
-        allocation: KVAllocation,
-        rounds: int,
-        draft: Draft | None,
-    ) -> int:
-        """Return how many rounds a sequence can do at most, and allocate blocks for them."""
-        position, length = allocation.num_planned, 1 if draft is None else 1 + len(draft.token_ids)
-        if sequence.has_grammar:  # whether a mask is late is known to each rank alone, and all must do the same rounds
-            return 1
-        if draft is not None and draft.num_to_draft and position - allocation.num_read > MAX_DRAFT_TOKENS:
-            return 1  # the draft model reads first
-        if position // allocation.pool.block_size >= len(allocation.block_ids):
-            return 1
-        # the last round that counts starts before the end of the output, and computes as much as all others
-        longest = sequence.max_total_tokens - 2 - position + length
-        assert instance.hello is not None, "an instance that has allocations is known"
-        if position + longest > instance.hello.max_model_len:
-            rounds, longest = min(rounds, (sequence.max_total_tokens - 1 - position) // length), rounds * length
-        needed = min(rounds * length, longest)
-        room = 1 + self._room_for_draft(instance, allocation, needed - 1)
-        return rounds if room == needed else max(1, room // length)
-
-    def _decoding(self, step: StepBuilder, instance: InstanceHandle, allocations: _Allocations) -> _Allocations:
-        worker, can_take = step.worker, instance.choice.can_take
-        return [
-            (sequence, allocation)
-            for sequence, allocation in allocations
-            if allocation.num_planned >= allocation.num_tokens_at_entry
-            and sequence.decode_allocation is allocation
-            and (allocation.last_worker_id == worker.id or can_take(worker, allocation))
-        ]
-
     def _plan_prompts(
         self,
         step: StepBuilder,
         instance: InstanceHandle,
-        allocations: _Allocations,
+        allocations: Allocations,
         max_tokens: int,
         time_budget: StepTimeBudget,
     ) -> None:
@@ -307,7 +132,7 @@ class StepPlanner:
         self,
         step: StepBuilder,
         instance: InstanceHandle,
-        batch: _Allocations,
+        batch: Allocations,
         phases: set[InstanceRole],
         limit: StepLimit,
     ) -> None:
@@ -320,10 +145,10 @@ class StepPlanner:
             delay_s = 0.0 if step.prefill_rows and limit.batch_delay_s < math.inf else limit.batch_delay_s
             limit_s = min(limit.batch_s, predictor.estimate_s(step.work) + delay_s)
         if InstanceRole.DECODE in phases and limit.takes_decodes:
-            decoding = self._decoding(step, instance, batch)
+            decoding = self._decodes.decoding(step, instance, batch)
             budget = StepTimeBudget(predictor, step.work, limit_s)
             num_rows = budget.rows_within([allocation.num_planned for _, allocation in decoding], min_rows)
-            self._plan_decodes(step, instance, decoding, num_rows)
+            self._decodes.plan(step, instance, decoding, num_rows)
         if InstanceRole.PREFILL in phases:
             budget = StepTimeBudget(predictor, step.work, limit_s, 0 if step.rows else MIN_TOKENS_ALONE)
             self._plan_prompts(step, instance, batch, limit.prompt_tokens, budget)
@@ -424,59 +249,13 @@ class StepPlanner:
                 "step %d: planned for %s, %d rows, %d prompt tokens: %s", step_id, worker.id, rows, tokens, names
             )
 
-    def _in_order(self, allocations: _Allocations) -> _Allocations:
+    def _in_order(self, allocations: Allocations) -> Allocations:
         """Return the sequences with prompt left to compute, in the policy's order."""
         prefills = [item for item in allocations if item[1].num_to_prefill > 0]
         if len(prefills) < 2:
             return prefills
         now = self._clock.now
         return sorted(prefills, key=lambda item: self._policy.key(item[0], item[1].num_planned, now))
-
-    def _plan_decode(
-        self,
-        step: StepBuilder,
-        instance: InstanceHandle,
-        sequence: Sequence,
-        allocation: KVAllocation,
-        draft: Draft = _NO_DRAFT,
-    ) -> None:
-        position = allocation.num_planned
-        if position + 1 >= sequence.max_total_tokens or sequence not in instance.allocations:
-            return
-        known = position < len(sequence.tokens)
-        if not known and (sequence.has_grammar or allocation.is_drafting):
-            return  # the unknown token decides which tokens may come next, or where the next row starts
-        if position // allocation.pool.block_size >= len(allocation.block_ids) and not self._grow(
-            instance, sequence, allocation
-        ):
-            return
-        if draft.num_to_draft:
-            draft = self._read(step, sequence, allocation, draft)
-        if draft is not _NO_DRAFT and (room := self._room_for_draft(instance, allocation, len(draft.token_ids))):
-            draft = draft.first(room)
-            token_ids = [sequence.tokens[position], *draft.token_ids]
-            step.add(sequence, allocation, token_ids, len(token_ids), samples=True, draft=draft)
-        else:
-            last = [sequence.tokens[position]] if known else None
-            step.add(sequence, allocation, last, 1, samples=True, draft=_NO_DRAFT if step.rounds > 1 else None)
-        step.decode_keys += position
-
-    def _read(self, step: StepBuilder, sequence: Sequence, allocation: KVAllocation, draft: Draft) -> Draft:
-        """Have the draft model read what it has not, as far as the step has time for it; returns no draft if tokens
-        are left."""
-        end = allocation.num_planned
-        num_tokens = min(end - allocation.num_read, _MAX_UNREAD_TOKENS - step.unread_tokens)
-        step.read(allocation, sequence.tokens[allocation.num_read : allocation.num_read + num_tokens])
-        return draft if allocation.num_read == end else _NO_DRAFT
-
-    def _room_for_draft(self, instance: InstanceHandle, allocation: KVAllocation, num_drafts: int) -> int:
-        """Return how many draft tokens have a place in blocks; a draft takes blocks only if others do not need them."""
-        pool, owner, block_ids = allocation.pool, allocation.owner, allocation.block_ids
-        first = allocation.num_planned + 1
-        missing = -(-(first + num_drafts) // pool.block_size) - len(block_ids)
-        if missing > 0 and pool.num_free_blocks >= missing + len(instance.allocations) + len(instance.reserved):
-            pool.allocate_blocks(owner, missing)
-        return min(num_drafts, len(block_ids) * pool.block_size - first)
 
     def _can_leave(self, sequence: Sequence, allocation: KVAllocation) -> bool:
         """Whether the link for a prompt's blocks is open; after the failure of a transfer it opens anew first."""
@@ -536,19 +315,6 @@ class StepPlanner:
         max_groups = min(max_groups, num_bytes // self._layer_group_bytes)
         return max((count for count in range(2, max_groups + 1) if hello.num_layers % count == 0), default=1)
 
-    def _grow(self, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> bool:
-        """Allocate one more block for a decode; preempts best-effort and younger sequences if the pool has none."""
-        while allocation.pool.allocate_blocks(allocation.owner, 1) is None:
-            if allocation.pool.num_pending_blocks:
-                return False  # blocks will be freed when their pins are dropped: sit this step out
-            victim = max(instance.allocations, key=lambda admitted: (admitted.is_batch, admitted.arrival))
-            if victim is sequence and instance.reserved:
-                return False  # sequences that are about to arrive here hold the blocks; they can be preempted then
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        return True
-
 
 def _what_to_compute(sequence: Sequence, allocation: KVAllocation, min_tokens: int) -> tuple[int, int]:
     """Return the positions of a prompt that the next step may compute: the first, and the end.
@@ -571,16 +337,3 @@ def _what_to_compute(sequence: Sequence, allocation: KVAllocation, min_tokens: i
     if start % size:
         return start, first * size  # complete the block; the next step joins behind it
     return joined * size, end
-
-
-def _not_without(decoding: _Allocations) -> dict[Sequence, Draft | None] | None:
-    """Return no drafts; None if many sequences are verifying drafts: a long step with prompts should have them, too."""
-    num_waiting = sum(allocation.is_drafting for _, allocation in decoding)
-    return None if num_waiting > _MAX_LEFT_OUT * len(decoding) else {}
-
-
-def _pays_to_read(sequence: Sequence, allocation: KVAllocation) -> bool:
-    """Whether a sequence has enough tokens left to be worth what the draft model must read of it first."""
-    unread = allocation.num_planned - allocation.num_read
-    left = sequence.max_total_tokens - allocation.num_planned
-    return unread <= _SHORT_READ or left >= max(_SHORT_READ, unread / _MAX_READ_PER_TOKEN)

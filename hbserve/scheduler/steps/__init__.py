@@ -1,0 +1,1 @@
+"""Plans: the contents of a worker's next step."""
