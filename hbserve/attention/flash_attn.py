@@ -31,8 +31,9 @@ class FlashAttnBackend(AttentionBackend):
         platform: Platform,
         tp_size: int = 1,
         kv_scales: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
-        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales)
+        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales, sinks)
         import flash_attn
 
         self._decode: Any = flash_attn.flash_attn_with_kvcache

@@ -44,8 +44,9 @@ class FlashInferBackend(AttentionBackend):
         platform: Platform,
         tp_size: int = 1,
         kv_scales: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
-        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales)
+        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales, sinks)
         import flashinfer
 
         device = platform.device

@@ -38,8 +38,9 @@ class TritonBackend(AttentionBackend):
         platform: Platform,
         tp_size: int = 1,
         kv_scales: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
-        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales)
+        super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales, sinks)
         self._decode: PagedDecode | None = None
         self._max_decode_rows = 0
         self._num_decode_rows = 0
