@@ -14,18 +14,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compared import ComparedSystem
 from hbserve.bench import plots
 from hbserve.bench.arguments import check_new_file
 from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
-from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError
 from hbserve.policy.profile_file import load_profile, profiled_predictor
-from hbserve.simulate.config import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.standard_loads import standard_trace
-from hbserve.simulate.systems import Setting, System, simulate
+from hbserve.simulate.systems import Setting, simulate
 
 LOADS = {
     "azure": ((13.0, 16.0, 19.0, 22.0, 25.0, 28.0), RequestTargets(ttft_ms=172, tpot_ms=40)),
@@ -35,11 +34,13 @@ LOADS = {
 }
 """Rates, and targets as measured: 7.5 and 10 times what a lone request took."""
 SYSTEMS = {
-    "nothing configured": ("unified", SchedulerConfig()),
-    "chunks of 1,024 by hand": ("unified@1024", SchedulerConfig()),
-    "first come, chunks of 512": ("unified@512", SchedulerConfig(policy="fcfs")),
+    "nothing configured": ComparedSystem.parse("unified"),
+    "chunks of 1,024 by hand": ComparedSystem.parse("unified,chunk_size=1024,max_chunk_prefill_tokens=1024"),
+    "first come, chunks of 2,048": ComparedSystem.parse(
+        "unified@2048,scheduling_policy=fcfs,max_num_batched_tokens=2048"
+    ),
 }
-"""Each line's system, by the simulator's names, and the order of prompts."""
+"""Each line's system, by the names of `benchmarks.compare`."""
 _BOUND = "bound of any schedule"
 _COLORS = ("tab:blue", "tab:orange", "tab:red")
 _DURATION_S = 20.0
@@ -89,10 +90,9 @@ def _simulate(arguments: argparse.Namespace) -> dict[str, dict[str, list[tuple[f
         )
         lines[load] = {name: [] for name in (*SYSTEMS, _BOUND)}
         for rate in rates:
-            for name, (system, scheduler) in SYSTEMS.items():
-                sizes = Sizes(kv_tokens=_KV_TOKENS, scheduler=scheduler)
-                setting = Setting(steps, steps, sizes, targets)
-                outcome = simulate(System.parse(system), setting, requests_of(source.workload(rate, 0)))
+            for name, system in SYSTEMS.items():
+                setting = Setting(steps, steps, system.sizes({}, _KV_TOKENS), targets)
+                outcome = simulate(system.system, setting, requests_of(source.workload(rate, 0)))
                 lines[load][name].append((rate, outcome.attainment))
             lines[load][_BOUND].append((rate, outcome.bound))
             print(load, rate, {name: round(line[-1][1], 3) for name, line in lines[load].items()}, flush=True)
@@ -102,20 +102,15 @@ def _simulate(arguments: argparse.Namespace) -> dict[str, dict[str, list[tuple[f
 def _points(path: Path) -> list[tuple[str, str, float, float]]:
     """Return load, line, rate and attainment of each measured run that belongs to a line.
 
-    Others are left out: those with other targets than the line's, and those of workers with fixed chunks that were told
-    a TPOT target, by which they sized their steps.
+    Others are left out: those with other targets than the line's.
     """
     found = []
     for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
         targets = LOADS[result["load"]][1] if result["load"] in LOADS else None
         if targets is None or abs(result["targets"]["ttft_ms"] / (targets.ttft_ms or 1.0) - 1) > _TOLERANCE:
             continue
-        policy = result.get("config", {}).get("scheduler", {}).get("policy")
-        system = System.parse(result["system"].partition(",")[0])
-        if system.chunk is not None and "tpot_ms" in result.get("told_targets", ["tpot_ms"]):
-            continue
-        for name, (simulated, scheduler) in SYSTEMS.items():
-            if (simulated, scheduler.policy) == (system.name, policy):
+        for name, system in SYSTEMS.items():
+            if system.name == result["system"]:
                 for run in result.get("runs", []):
                     summary: dict[str, Any] = run["summary"]
                     found.append((result["load"], name, summary["rate"], summary["attainment"]))

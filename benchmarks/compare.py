@@ -40,11 +40,9 @@ from hbserve.bench.serve import ServeBenchmark
 from hbserve.bench.serve_options import ALL_TARGETS, ServeOptions, SloScale
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.target import EngineTarget, start_engine
-from hbserve.config import SchedulerConfig
 from hbserve.errors import ConfigError, HBServeError
 from hbserve.model_spec import ModelSpec
 from hbserve.policy.profile_file import load_profile, profiled_predictor
-from hbserve.simulate.config import Sizes
 from hbserve.simulate.requests import requests_of
 from hbserve.simulate.systems import Setting, SimulatedOutcome, System, find_highest_rate, simulate
 
@@ -317,26 +315,18 @@ class Comparison:
         """Simulate all systems before the first one is measured, because a simulation takes its processors."""
         assert load.targets is not None
         systems = list(dict.fromkeys(system for system, _ in self._jobs))
-        shared = (load.source, self._options.seed, load.duration_s, self._options.min_requests)
+        shared = (load.source, load.seed, load.duration_s, self._options.min_requests)
         calls = [(system.system, self._setting(system, load.targets, kv_tokens), *shared) for system in systems]
         load.predicted = dict(zip(systems, await _in_pool(pool, _predict, calls), strict=True))
 
     def _setting(self, system: ComparedSystem, targets: RequestTargets, kv_tokens: int) -> Setting:
         steps = profiled_predictor(self._profile)
-        engine = self._engine | system.own
-        sizes = Sizes(
-            chunk_size=_optional_int(engine.get("chunk_size")),
-            max_chunk_prefill_tokens=_optional_int(engine.get("max_chunk_prefill_tokens")),
-            max_num_seqs=int(engine.get("max_num_seqs", Sizes.max_num_seqs)),
-            kv_tokens=kv_tokens,
-            scheduler=SchedulerConfig(policy=engine.get("scheduling_policy", SchedulerConfig().policy)),
-        )
-        return Setting(steps, steps, sizes, targets, self._options.attainment)
+        return Setting(steps, steps, system.sizes(self._engine, kv_tokens), targets, self._options.attainment)
 
     def _serve_options(self, system: ComparedSystem, load: Load) -> ServeOptions:
         return ServeOptions(
             source=load.source,
-            seed=self._options.seed,
+            seed=load.seed,
             sampling=SamplingParams(),
             targets=load.targets,
             # A worker with fixed chunks would size its steps by a TPOT target.
@@ -379,10 +369,6 @@ class Comparison:
 
 
 _PERCENTS = ("p50", "p90", "p99")
-
-
-def _optional_int(text: object) -> int | None:
-    return None if text is None else int(str(text))
 
 
 def _row(name: str, rate: float, met: float, times: list[float]) -> str:

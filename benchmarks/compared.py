@@ -13,12 +13,15 @@ import msgspec
 from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import load_trace
-from hbserve.config import Config
+from hbserve.config import Config, SchedulerConfig
 from hbserve.errors import ConfigError
+from hbserve.simulate.config import Sizes
 from hbserve.simulate.standard_loads import LOADS, standard_trace
 from hbserve.simulate.systems import System
 
 _DURATION_S = 20.0
+_SEEDS = 1000
+"""Of the runs of a load."""
 _Value = TypeVar("_Value")
 
 
@@ -107,6 +110,25 @@ class ComparedSystem:
             }
         return arguments | self.own
 
+    def sizes(self, shared: dict[str, Any], kv_tokens: int) -> Sizes:
+        """Return what the simulator is told of the engine.
+
+        Args:
+            shared: as in `arguments`.
+        """
+        engine = shared | self.own
+        return Sizes(
+            chunk_size=_optional_int(engine.get("chunk_size")),
+            max_chunk_prefill_tokens=_optional_int(engine.get("max_chunk_prefill_tokens")),
+            max_num_seqs=int(engine.get("max_num_seqs", Sizes.max_num_seqs)),
+            kv_tokens=kv_tokens,
+            scheduler=SchedulerConfig(policy=engine.get("scheduling_policy", SchedulerConfig().policy)),
+        )
+
+
+def _optional_int(text: object) -> int | None:
+    return None if text is None else int(str(text))
+
 
 def can_share_instances(running: Config, config: Config) -> bool:
     """Whether instances that were started with ``running`` can serve ``config``: it differs in the scheduler only."""
@@ -133,6 +155,8 @@ class Load:
     """A trace, and the targets of its requests.
 
     Attributes:
+        seed: of its first run. No two loads have runs of one seed: their prompts would begin alike, and an instance
+            that serves both would find them in its cache.
         duration_s: of a run's arrivals.
         rates: to run at; empty to search.
         targets: of each request; None: not measured yet.
@@ -142,6 +166,7 @@ class Load:
 
     name: str
     source: WorkloadSource
+    seed: int
     duration_s: float
     rates: tuple[float, ...]
     targets: RequestTargets | None
@@ -176,11 +201,12 @@ def loads_of(arguments: argparse.Namespace, vocab_size: int) -> list[Load]:
                 max_output_len=arguments.max_output_len,
                 vocab_size=vocab_size,
             ),
+            arguments.seed + number * _SEEDS,
             duration_s,
             rates,
             targets,
         )
-        for path, duration_s, rates, targets in each
+        for number, (path, duration_s, rates, targets) in enumerate(each)
     ]
 
 

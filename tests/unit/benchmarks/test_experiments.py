@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import compare, handover, scheduler, scheduler_kills, transfer
-from benchmarks.compared import ComparedSystem, can_share_instances
+from benchmarks.compared import ComparedSystem, can_share_instances, loads_of
 from benchmarks.stream_load import StreamLoad
 from hbserve.bench.request_record import RequestTargets
 from hbserve.errors import ConfigError
@@ -128,6 +128,13 @@ def comparison(folder: Path, *arguments: str) -> argparse.Namespace:
 def test_comparisons_that_cannot_be(tmp_path: Path, arguments: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         compare.run(comparison(tmp_path, *arguments))
+
+
+def test_no_two_loads_have_prompts_that_begin_alike(tmp_path: Path) -> None:
+    arguments = comparison(tmp_path, "--system", "unified", "--trace", "code", "--duration", "2", "--rates", "2")
+    loads = loads_of(arguments, 1000)
+    firsts = [load.source.workload(2.0, load.seed) for load in loads]
+    assert len({tuple(run.prompt(run.requests[0])[:8]) for run in firsts}) == len(loads) == 2
 
 
 def test_compared_systems_become_configurations(tmp_path: Path) -> None:
