@@ -105,12 +105,28 @@ def silu_and_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 @triton.jit
+def _mix_stage(x, num_heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    halves = tl.permute(tl.reshape(x, (num_heads, groups, 2, size)), (0, 1, 3, 2))
+    a, b = tl.split(halves)
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (num_heads, 2 * groups * size))
+
+
+@triton.jit
+def _mix(x, num_heads: tl.constexpr, half: tl.constexpr, stages: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Compute `hbserve.layers.rotary.hadamard` of lanes ``[heads, half]``; ``stages`` is log2(half)."""
+    y = x.to(tl.float32)
+    for stage in tl.static_range(stages):
+        y = _mix_stage(y, num_heads, 1 << stage, half >> (stage + 1))
+    return (y * tl.exp2(-0.5 * stages)).to(x.dtype)
+
+
+@triton.jit
 def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
     qkv, q_out, cache, kv_scales, q_weight, k_weight, positions, slots, inverse_frequencies, magnitude, eps,
     stride_block, stride_kv, stride_token,  # of the cache
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr, half: tl.constexpr,
     rotated_dim: tl.constexpr, is_interleaved: tl.constexpr, block_size: tl.constexpr, has_norm: tl.constexpr,
-    is_fp8: tl.constexpr,
+    is_fp8: tl.constexpr, mix_stages: tl.constexpr,
     heads_per_program: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     # A lane has two dimensions of a head, lower and upper: a pair that turns, or two of the rest, which does not turn.
@@ -153,6 +169,9 @@ def _norm_rotate_store_kernel(  # type: ignore[no-untyped-def]
         b = ((b * scale).to(dtype) * weight_b).to(tl.float32)
     first = tl.where(is_v, first, (a * cos - b * sin).to(dtype))
     second = tl.where(is_v, second, (b * cos + a * sin).to(dtype))
+    if mix_stages > 0:
+        first = tl.where(is_v, first, _mix(first, heads_per_program, half, mix_stages))
+        second = tl.where(is_v, second, _mix(second, heads_per_program, half, mix_stages))
     q_target = q_out + (token * num_heads + head) * head_dim
     tl.store(q_target + lower, first, mask=mask & is_q)
     tl.store(q_target + upper, second, mask=mask & is_q)
@@ -182,6 +201,8 @@ def norm_rotate_store(
 ) -> None:
     """Normalise q and k per head, rotate them, and write k and v to the cache and q to ``out``.
 
+    Where the cache is in FP8, q and k are mixed after that; see `RotaryEmbedding.mix`.
+
     Args:
         qkv: contiguous ``[tokens, (heads + 2 kv heads) * head_dim]``.
         cache: one layer, ``[block, k/v, token, kv head, head_dim]``, strided in its first dimension.
@@ -203,6 +224,6 @@ def norm_rotate_store(
         *cache.stride()[:3],
         num_heads, num_kv_heads, head_dim, triton.next_power_of_2(head_dim // 2),
         rotary.rotated_dim, rotary.is_interleaved, block_size, norms is not None, kv_scales is not None,
-        heads_per_program, overlap,
+        0 if kv_scales is None else rotary.mix_stages, heads_per_program, overlap,
         num_warps=1 if heads_per_program == 1 else 2, launch_pdl=overlap,
     )  # fmt: skip

@@ -252,6 +252,8 @@ class LayerOps:
                 q = q * rotary.query_lengths(positions)[:, None, None].to(q.dtype)
         if norms is not None and self._norms_after_rope:
             q, k = self._norm(q, norms[0], self.eps), self._norm(k, norms[1], self.eps)
+        if rotary is not None and attention.kv_scales is not None:
+            q, k = rotary.mix(q), rotary.mix(k)
         attention.store(layer, k, v)
         out.copy_(q)
 

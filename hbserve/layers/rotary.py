@@ -33,6 +33,7 @@ class RotaryEmbedding:
         rotated_dim: number of dimensions of a head that turn, the first ones.
         is_interleaved: pairs are neighbouring dimensions.
         inverse_frequencies: float32 ``[rotated_dim / 2]``. magnitude: factor of cosines and sines.
+        mix_stages: log2 of the pairs that `mix` mixes; 0 where they are no power of two, and it does nothing.
         query_growth: see `RopeSpec`.
     """
 
@@ -41,6 +42,9 @@ class RotaryEmbedding:
         self._is_partial = self.rotated_dim < head_dim
         self.is_interleaved = rope.is_interleaved
         self._rotate = rotate_neighbours if rope.is_interleaved else rotate
+        self.mix_stages = (head_dim // 2).bit_length() - 1 if head_dim.bit_count() == 1 else 0
+        self._lanes = _lanes(self.rotated_dim, head_dim, rope.is_interleaved).to(device)
+        self._places = self._lanes.argsort()
         self.inverse_frequencies = inverse_frequencies(rope, self.rotated_dim).to(device)
         self.magnitude, self.query_growth = rope.magnitude, rope.query_growth
         self._original_context = rope.original_max_position_embeddings
@@ -61,6 +65,20 @@ class RotaryEmbedding:
         turned, rest = heads[..., : self.rotated_dim], heads[..., self.rotated_dim :]
         return torch.cat((self._rotate(turned, cos, sin), rest), dim=-1)
 
+    def mix(self, heads: Tensor) -> Tensor:
+        """Mix the pairs of heads by a Hadamard matrix: products of queries and keys that are mixed stay the same.
+
+        A key in FP8 is off by a share of each of its numbers. Pairs that turn slowly have the largest numbers, in
+        queries as in keys, so a product would be off by more than its share. See docs/quantization.md.
+
+        Returns:
+            ``[tokens, heads, head_dim]``, same dtype; the input itself where `mix_stages` is 0.
+        """
+        if not self.mix_stages:
+            return heads
+        lanes = heads[..., self._lanes].float().view(*heads.shape[:-1], 2, -1)
+        return hadamard(lanes, self.mix_stages).view(heads.shape)[..., self._places].to(heads.dtype)
+
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn heads ``[tokens, heads, head_dim]`` by the angles of `RotaryEmbedding.angles`; same dtype."""
@@ -73,6 +91,26 @@ def rotate_neighbours(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = heads.float().view(*heads.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.flatten(-2).to(heads.dtype)
+
+
+def hadamard(x: Tensor, stages: int) -> Tensor:
+    """Multiply the last dimension by a Hadamard matrix over its root (Walsh's, in Sylvester's order).
+
+    Args:
+        x: float32, with 2 ** stages elements in its last dimension.
+    """
+    shape = x.shape
+    for stage in range(stages):
+        a, b = x.reshape(*shape[:-1], 1 << stage, 2, -1).unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2)
+    return x.reshape(shape) * 2 ** (-stages / 2)
+
+
+def _lanes(rotated_dim: int, head_dim: int, is_interleaved: bool) -> Tensor:
+    """List the dimensions of a head: the first of each pair, then the second ones. The rest are taken as pairs, too."""
+    turning = torch.arange(rotated_dim)
+    turning = turning.view(-1, 2).t() if is_interleaved else turning.view(2, -1)
+    return torch.cat((turning, torch.arange(rotated_dim, head_dim).view(2, -1)), dim=1).flatten()
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

@@ -251,6 +251,33 @@ def test_norm_rotate_store(num_tokens: int, rotated_dim: int | None, is_interlea
     assert cache.count_nonzero(dim=(1, 3, 4)).count_nonzero() <= num_tokens - 1
 
 
+@pytest.mark.parametrize("num_tokens", [3, 130])
+@pytest.mark.parametrize(("rotated_dim", "is_interleaved"), [(None, False), (None, True), (64, False), (64, True)])
+def test_heads_are_mixed_for_a_cache_in_fp8(num_tokens: int, rotated_dim: int | None, is_interleaved: bool) -> None:
+    from hbserve.float8 import FP8, widened
+    from hbserve.layers import fused
+    from hbserve.layers.rotary import RotaryEmbedding
+    from hbserve.rope_spec import RopeSpec
+
+    heads, kv_heads, head_dim, page = 6, 2, 128, 16
+    rope = RopeSpec(theta=10000.0, rotated_dim=rotated_dim, is_interleaved=is_interleaved)
+    rotary = RotaryEmbedding(rope, head_dim, torch.device("cuda"))
+    qkv = random(num_tokens, (heads + 2 * kv_heads) * head_dim)
+    cache = torch.zeros(20, 2, page, kv_heads, head_dim, dtype=FP8, device="cuda")
+    scales = torch.tensor([[0.5, 0.02], [0.1, 0.3]], device="cuda")
+    positions = torch.randint(5000, (num_tokens,), device="cuda")
+    slots = torch.randperm(20 * page, device="cuda")[:num_tokens]
+    q = torch.empty(num_tokens, heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    fused.norm_rotate_store(qkv, cache, None, positions, slots, rotary, 1e-6, q, scales)
+    queries, keys, values = qkv.view(num_tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    angles = rotary.angles(positions)
+    assert_close(q, rotary.mix(rotary.rotate(queries, *angles)))
+    for index, wanted in enumerate((rotary.mix(rotary.rotate(keys, *angles)), values)):
+        scale = scales[index, :, None]
+        error = (widened(cache[slots // page, index, slots % page]) * scale - wanted.float()).abs()
+        assert (error <= wanted.float().abs() / 12 + scale * 2**-9).all()
+
+
 @pytest.mark.parametrize(("percentage", "end"), [(60, "first"), (40, "last"), (80, "first"), (20, "last")])
 def test_products_in_a_share_of_the_multiprocessors(percentage: int, end: Literal["first", "last"]) -> None:
     """Compute products at shapes where cuBLAS left tiles unwritten in processes that MPS limits to a share."""

@@ -23,6 +23,7 @@ from hbserve.engine.model_runner import ModelRunner
 from hbserve.errors import ConfigError
 from hbserve.float8 import FP8, widened
 from hbserve.kv_cache.layout import KVLayout
+from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.model_spec import ModelSpec
 from tests.support.model_zoo import save_model
 from tests.support.paths import ROOT
@@ -122,8 +123,9 @@ def test_kv_is_scaled_as_the_checkpoint_says(names: tuple[str, str], tmp_path: P
         caches.append(cache_of(runner)[:, 0, :, :, :])
     short, exact = caches
     written = ~exact[:, 0, :, :1, :1].isnan().expand_as(exact[:, 0])
-    for index, scale in enumerate((scales[0][:, None], scales[1])):
-        values, wanted = widened(short[:, index]) * scale, exact[:, index]
+    mixed = RotaryEmbedding(runner.spec.ropes[0], runner.spec.head_dim, torch.device("cpu")).mix(exact[:, 0])
+    for index, (scale, wanted) in enumerate(((scales[0][:, None], mixed), (scales[1], exact[:, 1]))):
+        values = widened(short[:, index]) * scale
         error, bound = (values - wanted).abs(), wanted.abs() / 16 + scale * 2**-10
         assert (error <= bound)[written].all()
         assert written.sum() > 1000

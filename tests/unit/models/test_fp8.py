@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hbserve.errors import ModelError
+from hbserve.float8 import rounded, widened
 from hbserve.layers.fp8 import Fp8Linear, quantise
 from hbserve.layers.linear import PlainLinear
+from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.model_spec import ModelSpec
 from hbserve.models.decoder import Decoder
 from hbserve.models.loader import fill_dummy_weights, load_weights
 from hbserve.models.weights import WeightTable
+from hbserve.rope_spec import RopeSpec
 from hbserve.weight_format import Fp8Format, on_load, read_weight_format
 from tests.support.fp8_checkpoints import FORMATS, compressed_tensors, make_fp8, quantise_weight, spread
 from tests.support.model_zoo import save_model
@@ -188,6 +191,29 @@ def test_a_token_is_quantised_alike_in_every_batch() -> None:
             alone = quantise(x[row : row + 1], is_grouped=is_grouped)
             assert torch.equal(alone.dequantised()[0], together.dequantised()[row])
         assert ((together.dequantised() - x).abs() <= x.abs() / 16 + x.abs().amax(1, keepdim=True) / 448 / 512).all()
+
+
+@pytest.mark.parametrize(("rotated_dim", "is_interleaved"), [(None, False), (None, True), (32, False), (32, True)])
+def test_mixed_heads_have_the_same_products_and_less_error_in_fp8(
+    rotated_dim: int | None, is_interleaved: bool
+) -> None:
+    """Slow pairs have the largest numbers here, as in models."""
+    rotary = RotaryEmbedding(RopeSpec(1e4, rotated_dim=rotated_dim, is_interleaved=is_interleaved), 64, cpu().device)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 100, 3, 64, generator=generator)
+    slowest = [14, 15, 30, 31] if rotated_dim else [30, 31, 62, 63]
+    if is_interleaved:
+        slowest = [28, 29, 30, 31] if rotated_dim else [60, 61, 62, 63]
+    q[..., slowest] *= 10
+    k[..., slowest] *= 10
+    exact = torch.einsum("qhd,khd->hqk", q, k)
+    plain = torch.einsum("qhd,khd->hqk", q, widened(rounded(k)))
+    mixed = torch.einsum("qhd,khd->hqk", rotary.mix(q), rotary.mix(k))
+    short = torch.einsum("qhd,khd->hqk", rotary.mix(q), widened(rounded(rotary.mix(k))))
+    torch.testing.assert_close(mixed, exact, atol=1e-3, rtol=1e-5)
+    assert (short - exact).norm() < 0.6 * (plain - exact).norm()
+    other = RotaryEmbedding(RopeSpec(1e4), 96, cpu().device)  # as Phi-3's: 48 pairs
+    assert other.mix(x := torch.randn(2, 3, 96)) is x
 
 
 # --- what the format says ---

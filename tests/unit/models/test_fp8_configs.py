@@ -176,7 +176,6 @@ def test_modelopts_own_file_is_read_where_config_json_says_nothing(tmp_path: Pat
         (llm_compressor("group", "token"), 'strategy "group"'),
         (llm_compressor("channel", "token", format="mixed-precision"), 'format "mixed-precision"'),
         (llm_compressor("channel", "token", transform_config={"config_groups": {"u": {}}}), "transform_config"),
-        ({"quant_method": "mxfp4"}, 'quant_method "mxfp4"'),  # gpt-oss
         ({"quant_method": "quark"}, 'quant_method "quark"'),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 'quant_method "bitsandbytes"'),
     ],
