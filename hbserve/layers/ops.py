@@ -231,6 +231,8 @@ class LayerOps:
     ) -> None:
         """Norm q and k, before or after a rotation by their positions; write k and v to the cache and q to ``out``.
 
+        Where the cache is in FP8, q and k are mixed after that; see `RotaryEmbedding.mix`.
+
         Args:
             qkv: ``[tokens, (heads + 2 kv heads) * head_dim]``.
             positions: integers ``[tokens]``.
