@@ -239,9 +239,7 @@ def _health(stats: dict[str, Any]) -> dict[str, Any]:
         name: instance.get("why_lost", "") for name, instance in instances.items() if instance["status"] != "ready"
     }
     roles = [InstanceRole(instance["role"]) for instance in instances.values() if instance["status"] == "ready"]
-    serves = any(role.prefills for role in roles) and any(role.decodes for role in roles)
-    if not missing:
-        return {"status": "ready"}
-    if serves:
-        return {"status": "degraded", "missing": missing}
-    return {"status": "starting", "reason": f"waiting for {', '.join(missing)}", "missing": missing}
+    if any(role.prefills for role in roles) and any(role.decodes for role in roles):
+        return {"status": "degraded", "missing": missing} if missing else {"status": "ready"}
+    names = ", ".join(missing) or "an instance of a phase that none is left for"
+    return {"status": "starting", "reason": f"waiting for {names}", "missing": missing}

@@ -264,7 +264,10 @@ async def test_health(http: httpx.AsyncClient, scheduler: ScriptedScheduler, cli
     assert answer.status_code == 503
     assert answer.json()["status"] == "starting"
     assert answer.json()["missing"] == {"prefill-0": "exited with code 1"}
-    scheduler.stats["gpu_instances"]["prefill-1"] = {"status": "ready", "role": "prefill"}
+    lost = scheduler.stats["gpu_instances"].pop("prefill-0")  # it has left, and was the last one of its phase
+    answer = await http.get("/ready")
+    assert (answer.status_code, answer.json()["status"]) == (503, "starting")
+    scheduler.stats["gpu_instances"] |= {"prefill-0": lost, "prefill-1": {"status": "ready", "role": "prefill"}}
     answer = await http.get("/health")
     assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
     client.declare_dead("the scheduler exited with code 1")
