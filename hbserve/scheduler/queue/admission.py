@@ -8,7 +8,7 @@ from hbserve.config import Config, InstanceRole
 from hbserve.policy.queue_policy import QueuePolicy
 from hbserve.scheduler.core_io import Clock
 from hbserve.scheduler.instance import InstanceHandle, Instances
-from hbserve.scheduler.queue.placement import PLACEMENTS, cached_tokens, num_equal, present_tokens
+from hbserve.scheduler.queue.placement import PLACEMENTS, cached_tokens, num_equal, prefix_aware, present_tokens
 from hbserve.scheduler.sequence import KVAllocation, Sequence
 from hbserve.scheduler.tiers.tracker import KVTiers
 
@@ -43,6 +43,7 @@ class Admission:
         self._can_send = can_send
         self._tiers = tiers
         self._shares_prefixes = config.performance.enable_prefix_caching
+        self._favours_prefixes = self._shares_prefixes and self._placement is prefix_aware
         self._local_prefill_tokens = config.kv_transfer.local_prefill_tokens
         self._headroom_tokens = config.performance.decode_headroom_tokens
         # Prompt tokens in the next step: of all prompts, and of one.
@@ -81,9 +82,9 @@ class Admission:
         """Allocate slots and blocks for prefill and decode, in the order of the placement; False if nothing fits now.
 
         An instance that has enough prompts to fill its next step is given no more, unless the new prompt would be
-        computed before one of those. Of several instances, one is also given a prompt most of which it has or computes,
-        because another one would compute that anew. A request that waits without an allocation holds no blocks and can
-        be overtaken.
+        computed before one of those. Where the placement favours prefixes, one of several instances is also given a
+        prompt most of which it has or computes, because another one would compute that anew. A request that waits
+        without an allocation holds no blocks and can be overtaken.
         """
         instances = [
             instance for instance in self._instances.ready if instance.num_free_slots and not instance.is_draining
@@ -91,7 +92,7 @@ class Admission:
         if self._policy.gives_way(sequence, self._clock.now):
             instances = [instance for instance in instances if _leaves_room(sequence, instance)]
         prefilling = [instance for instance in instances if instance.role.prefills]
-        has_choice = len(prefilling) > 1
+        has_choice = self._favours_prefixes and len(prefilling) > 1
         hungry = [
             instance
             for instance in prefilling
