@@ -1,13 +1,14 @@
 """Granite 3 and 4 (IBM 2024, 2025): Llama with four factors (Yang et al. 2022, maximal update parametrisation).
 
-The models with experts have them in all layers, stacked in one tensor. Granite 4's class also has Mamba layers; models
-without them (Micro, 1B, 350M) are served. HyperCLOVA X (NAVER 2025) has norms of what a
-block adds, too, and multiplies the logits where Granite divides.
+The models with experts have them in all layers, stacked in one tensor. Granite 4's class also has Mamba layers;
+models without them (Micro, 1B, 350M) are served. A later one (2026) has sinks, and windows by layer. HyperCLOVA X
+(NAVER 2025) has norms of what a block adds, too, and multiplies the logits where Granite divides.
 """
 
 import dataclasses
 from typing import Any
 
+from hbserve.errors import ModelError
 from hbserve.model_families.declaration import Experts, Family, LayerNorms, Scales
 
 
@@ -28,6 +29,23 @@ GRANITE = Family(
     mlp_bias="mlp_bias",
     scales=_scales,
     keys=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+)
+
+
+def _rotated_layers(config: Any) -> list[bool]:
+    if not {*config.layer_rope_theta} <= {0, config.rope_parameters["rope_theta"]}:
+        raise ModelError("layer_rope_theta with other values than 0 and rope_theta is not supported")
+    return [theta != 0 for theta in config.layer_rope_theta]
+
+
+GRANITE_SWA = dataclasses.replace(
+    GRANITE,
+    model_type="granite_swa",
+    architecture="GraniteSWAForCausalLM",
+    has_sinks=True,
+    windows="by_layer",
+    rotated_layers=_rotated_layers,
+    keys=(*GRANITE.keys, "layer_rope_theta"),
 )
 
 

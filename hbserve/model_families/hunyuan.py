@@ -1,4 +1,7 @@
-"""Hunyuan (Tencent 2025), dense and with a mixture of experts: norms of q and k after the rotary embedding."""
+"""Hunyuan (Tencent 2025), dense and with a mixture of experts: norms of q and k after the rotary embedding.
+
+Hunyuan 3 (2026) has these norms before it, and experts that are chosen by sigmoids with a bias.
+"""
 
 from typing import Any
 
@@ -43,4 +46,37 @@ HUNYUAN_MOE = Family(
     router="gate.wg",
     shared_expert="mlp.shared_mlp",
     keys=("num_experts", "num_local_experts", "moe_topk", "num_experts_per_tok"),
+)
+
+
+def _experts_v3(config: Any) -> Experts:
+    return Experts(
+        num_experts=config.num_experts,
+        num_chosen=config.num_experts_per_tok,
+        inner_size=config.moe_intermediate_size,
+        is_renormalised=True,
+        layers=tuple(kind == "sparse" for kind in config.mlp_layer_types),
+        scoring="sigmoid",
+        has_bias=True,
+        scale=config.router_scaling_factor,
+        shared_size=config.moe_intermediate_size * config.num_shared_experts,
+    )
+
+
+HUNYUAN_V3 = Family(
+    "hy_v3",
+    "HYV3ForCausalLM",
+    qk_norm="head",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias="mlp_bias",
+    has_draft_layers=True,
+    experts=_experts_v3,
+    router="router.gate",
+    router_bias="expert_bias",
+    shared_expert="mlp.shared_mlp",
+    keys=(
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"),
+        *("router_scaling_factor", "mlp_layer_types"),
+    ),
 )

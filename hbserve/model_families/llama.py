@@ -1,10 +1,10 @@
 """Llama (Touvron et al. 2023, Dubey et al. 2024): the layer that all others are compared with, and its relatives.
 
-InternLM 3 (Shanghai AI Laboratory 2025) has other names. Code World Model (Meta 2025) has no biases in attention, and
-windows by layer. Phi-3 and Phi-4 (Abdin et al. 2024) have stacked matrices in the checkpoint, and a window in all
-layers. Helium (Kyutai 2025) turns neighbouring pairs, and has norms that round late. Seed-OSS (ByteDance 2025) has a
-key of its own for the bias of the output projection. SmolLM3 (Hugging Face 2025) has no rotary embedding in every
-fourth layer.
+InternLM 3 (Shanghai AI Laboratory 2025) and IQuest-Coder (2026) have other names. Code World Model (Meta 2025) has no
+biases in attention, and windows by layer. Phi-3 and Phi-4 (Abdin et al. 2024) have stacked matrices in the
+checkpoint, and a window in all layers. Helium (Kyutai 2025) turns neighbouring pairs, and has norms that round late.
+Seed-OSS (ByteDance 2025) has a key of its own for the bias of the output projection. SmolLM3 (Hugging Face 2025) has
+no rotary embedding in every fourth layer.
 """
 
 from hbserve.model_families.declaration import Family
@@ -25,6 +25,16 @@ INTERNLM3 = Family(
     o_bias="attention_bias",
     mlp_bias="mlp_bias",
     keys=("qkv_bias", "bias"),
+)
+
+IQUEST_CODER = Family(
+    "iquestcoder",
+    "IQuestCoderForCausalLM",
+    saved_as="LlamaForCausalLM",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias="mlp_bias",
+    fixed={"clip_qkv": (None,), "use_sliding_window": (False, None)},
 )
 
 CWM = Family("cwm", "CwmForCausalLM", mlp_bias="mlp_bias", windows="by_layer")

@@ -349,6 +349,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "rope_parameters": _YARN_ROPE | {"llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    "hy_v3": {
+        "model_type": "hy_v3",
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "attention_bias": True,
+    },
+    "iquestcoder": {"model_type": "iquestcoder", "head_dim": 32, "attention_bias": True, "mlp_bias": True},
+    "granite_swa": {
+        "model_type": "granite_swa",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 4.0,
+        "sliding_window": 24,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "layer_rope_theta": [10000.0, 0, 10000.0],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "apertus": {"model_type": "apertus", "rope_parameters": _LLAMA3_ROPE},
     "internlm3": {"model_type": "internlm3", "head_dim": 16, "qkv_bias": True, "bias": True},
     "cohere": {"model_type": "cohere", "tie_word_embeddings": True, "logit_scale": 0.25},
@@ -397,7 +417,8 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 _SHARED = (
     *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
     *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
-    *("apertus", "ministral3", "internlm3", "cohere", "hunyuan", "hunyuan_moe"),
+    *("olmoe", "mistral_full", "cwm", "seed_oss", "ernie4_5", "helium"),
+    *("hy_v3", "iquestcoder", "granite_swa", "apertus", "ministral3", "internlm3", "cohere", "hunyuan", "hunyuan_moe"),
     *("granitemoeshared", "granite4", "gemma3_with_images", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
