@@ -170,6 +170,9 @@ def _has_few_outputs(num_rows: int, num_outputs: int) -> bool:
 class Fp8Kernels:
     """`hbserve.layers.linear.LinearKernels` of `Fp8Linear`."""
 
+    def max_few_rows(self, layer: Fp8Linear) -> int:
+        return 1  # several rows are quantised before their product
+
     def one_row(
         self,
         layer: Fp8Linear,
@@ -192,6 +195,8 @@ class Fp8Kernels:
         if residual is not None:
             return residual.add_(fp8_linear(layer, rows, has_bias=has_bias))
         return fp8_linear(layer, rows, out, has_bias=has_bias)
+
+    few_rows = one_row
 
     def many_rows(self, layer: Fp8Linear, rows: Rows, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         if isinstance(rows, Tensor):

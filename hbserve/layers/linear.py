@@ -77,6 +77,23 @@ class LinearKernels(Protocol):
     ) -> Tensor:
         """Compute the layer on a single row; see `hbserve.layers.one_row.one_row`."""
 
+    def max_few_rows(self, layer: Any) -> int:
+        """Return up to how many rows `few_rows` is for; 1: it is for none."""
+
+    def few_rows(
+        self,
+        layer: Any,
+        x: Tensor,
+        *,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        residual: Tensor | None = None,
+        is_gated: bool = False,
+        out: Tensor | None = None,
+        has_bias: bool = True,
+    ) -> Tensor:
+        """Compute the layer on a few rows; see `hbserve.layers.few_rows.few_rows`."""
+
     def many_rows(self, layer: Any, rows: Rows, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         """Compute the layer; see `Linear.__call__`."""
 

@@ -20,10 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.layers import fused
 from hbserve.layers.fp8 import Fp8Linear
 from hbserve.layers.fp8_rows import DYNAMIC, GROUPED, STATIC, mode_of
-from hbserve.layers.linear import PlainLinear, Rows
+from hbserve.layers.linear import PlainLinear
 from hbserve.layers.packed_row import ROW_PEAK, chunk_sums, load_words, pack_rounded_row, pack_row
 from hbserve.platform.cuda_driver import multiprocessors, overlaps
 from hbserve.weight_format import BLOCK_SIZE
@@ -284,28 +283,6 @@ class _Quantisation(NamedTuple):
         num_groups = scale.shape[1] if layer.has_blocks else 1
         given = scale if given is None else given
         return _Quantisation(scale, given, num_groups, layer.block_rows, mode_of(layer).value)
-
-
-class PlainKernels:
-    """`hbserve.layers.linear.LinearKernels` of layers without a scheme."""
-
-    one_row = staticmethod(one_row)
-
-    def many_rows(self, layer: PlainLinear, rows: Rows, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
-        assert isinstance(rows, Tensor), "plain layers read tensors"
-        return layer(rows, out, has_bias=has_bias)
-
-    def norm(self, layer: PlainLinear, pending: Tensor | None, total: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if pending is None:
-            return fused.rms_norm(total, weight, eps)
-        return fused.add_rms_norm_(pending, total, weight, eps)
-
-    def gate(self, layer: PlainLinear, gate_up: Tensor, out: Rows | None) -> Tensor:
-        assert out is None or isinstance(out, Tensor), "plain layers read tensors"
-        return fused.silu_and_mul(gate_up, out)
-
-    def memory(self, layer: PlainLinear, num_rows: int, num_inputs: int) -> Tensor:
-        return torch.empty(num_rows, num_inputs, dtype=layer.dtype, device=layer.weight.device)
 
 
 def split_row(size: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -275,7 +276,8 @@ class FusedOps(LayerOps):
     """The operations in Triton kernels that pass over memory once; a single row has kernels of its own."""
 
     def __init__(self, spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> None:
-        from hbserve.layers import fused, one_row
+        from hbserve.layers import fused
+        from hbserve.layers.plain_kernels import PlainKernels
 
         assert not spec.unfused_features, f"the kernels do not compute {spec.unfused_features}"
         super().__init__(spec, device, parallel)
@@ -285,21 +287,22 @@ class FusedOps(LayerOps):
         self._norm_rotate_store = fused.norm_rotate_store
         self._norm, self._add_norm_ = fused.rms_norm, fused.add_rms_norm_
         self._activate = fused.silu_and_mul
-        self._kernels: dict[type[Linear], LinearKernels] = {PlainLinear: one_row.PlainKernels()}
+        self._kernels: dict[type[Linear], LinearKernels] = {PlainLinear: PlainKernels()}
         if spec.weight_format is not None:
             from hbserve.layers.fp8_kernels import Fp8Kernels
 
             self._kernels[Fp8Linear] = Fp8Kernels()
 
     def linear(self, x: Rows, layer: Linear, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
-        kernels = self._kernels[type(layer)]
-        if isinstance(x, Tensor) and x.shape[0] == 1:
-            return kernels.one_row(layer, x, out=out, has_bias=has_bias)
-        return kernels.many_rows(layer, x, out, has_bias=has_bias)
+        few_rows = self._few_rows(layer, x.shape[0]) if isinstance(x, Tensor) else None
+        if few_rows is not None:
+            return few_rows(layer, x, out=out, has_bias=has_bias)
+        return self._kernels[type(layer)].many_rows(layer, x, out, has_bias=has_bias)
 
     def norm_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
-        if stream.total.shape[0] == 1 and stream.pending is None:
-            return self._kernels[type(layer)].one_row(layer, stream.total, norm=norm, eps=self.eps)
+        few_rows = self._few_rows_of(stream, layer)
+        if few_rows is not None:
+            return few_rows(layer, stream.total, norm=norm, eps=self.eps)
         return self.linear(self._norm_for(stream, norm, layer), layer)
 
     def norm_up_linear(
@@ -310,9 +313,21 @@ class FusedOps(LayerOps):
         reader: Linear,
         curve: Tensor | None = None,
     ) -> Rows:
-        if stream.total.shape[0] == 1 and stream.pending is None:
-            return self._kernels[type(layer)].one_row(layer, stream.total, norm=norm, eps=self.eps, is_gated=True)
+        few_rows = self._few_rows_of(stream, layer)
+        if few_rows is not None:
+            return few_rows(layer, stream.total, norm=norm, eps=self.eps, is_gated=True)
         return super().norm_up_linear(stream, norm, layer, reader)
+
+    def _few_rows(self, layer: Linear, num_rows: int) -> Callable[..., Tensor] | None:
+        """Return the kernel that computes so few rows with a norm before, and a gate or sum after; None: too many."""
+        kernels = self._kernels[type(layer)]
+        if num_rows == 1:
+            return kernels.one_row
+        return kernels.few_rows if num_rows <= kernels.max_few_rows(layer) else None
+
+    def _few_rows_of(self, stream: ResidualStream, layer: Linear) -> Callable[..., Tensor] | None:
+        """Return that kernel for the stream; None: it has too many rows, or something is pending."""
+        return self._few_rows(layer, stream.total.shape[0]) if stream.pending is None else None
 
     def _norm_for(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Rows:
         if norm is None or stream.sum_and_norm is not None or stream.total.shape[0] == 1:
@@ -331,9 +346,9 @@ class FusedOps(LayerOps):
 
     def add_linear(self, stream: ResidualStream, x: Rows, layer: Linear, norm: Tensor | None = None) -> None:
         assert norm is None, "the kernels know no norm of a block's output"
-        if stream.total.shape[0] == 1 and self.parallel.size == 1 and stream.pending is None:
-            assert isinstance(x, Tensor), "a single row is not quantised before its product"
-            self._kernels[type(layer)].one_row(layer, x, residual=stream.total)
+        few_rows = self._few_rows_of(stream, layer)
+        if few_rows is not None and self.parallel.size == 1 and isinstance(x, Tensor):
+            few_rows(layer, x, residual=stream.total)
         else:
             super().add_linear(stream, x, layer)
 

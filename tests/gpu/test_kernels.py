@@ -184,6 +184,84 @@ def test_one_row(rows: int, size: int, dtype: torch.dtype) -> None:
     assert_close(one_row(plain, x, norm=norm, eps=1e-6, is_gated=True), F.silu(gate) * up)
 
 
+@pytest.mark.parametrize(
+    ("num_outputs", "size", "dtype"),
+    [
+        (96, 100, torch.bfloat16),
+        (1024, 2048, torch.bfloat16),
+        (130, 12288, torch.bfloat16),
+        (64, 5120, torch.float16),
+        (40_002, 256, torch.bfloat16),
+    ],
+)
+def test_few_rows(num_outputs: int, size: int, dtype: torch.dtype) -> None:
+    """A row's result does not depend on how many rows there are."""
+    from hbserve.layers.few_rows import MAX_FEW_ROWS, few_rows
+    from hbserve.layers.linear import PlainLinear
+    from hbserve.layers.norms import rms_norm
+
+    x, bias, norm = (random(*shape).to(dtype) for shape in ((MAX_FEW_ROWS, size), (num_outputs,), (size,)))
+    weight = random(num_outputs, size, scale=0.02).to(dtype)
+    plain, layer = PlainLinear(weight), PlainLinear(weight, bias)
+    product = F.linear(x.float(), weight.float())
+    normed = F.linear(rms_norm(x, norm, 1e-6).float(), weight.float())
+    gate, up = normed.chunk(2, dim=1)
+    first: list[torch.Tensor] = []
+    for num_rows in (2, 3, MAX_FEW_ROWS):
+        rows = x[:num_rows]
+        out = torch.empty(num_rows, num_outputs, dtype=dtype, device="cuda")
+        assert few_rows(plain, rows, out=out) is out
+        assert_close(out, product[:num_rows])
+        assert_close(few_rows(layer, rows), (product + bias)[:num_rows])
+        assert_close(few_rows(layer, rows, has_bias=False), product[:num_rows])
+        residual = random(num_rows, num_outputs).to(dtype)
+        expected = residual + product[:num_rows]
+        assert few_rows(plain, rows, residual=residual) is residual
+        assert_close(residual, expected)
+        found = [
+            out,
+            few_rows(layer, rows, norm=norm, eps=1e-6),
+            few_rows(plain, rows, norm=norm, eps=1e-6, is_gated=True),
+        ]
+        assert_close(found[1], (normed + bias)[:num_rows])
+        assert_close(found[2], (F.silu(gate) * up)[:num_rows])
+        if num_rows == 2:
+            first = found
+        else:
+            assert all(torch.equal(a, b[:2]) for a, b in zip(first, found, strict=True))
+
+
+def test_few_rows_wait_for_what_they_read() -> None:
+    """Kernels in a graph, which begin while the one before ends, compute what they compute one after the other."""
+    from hbserve.layers.few_rows import few_rows
+    from hbserve.layers.linear import PlainLinear
+
+    hidden, inner, num_rows = 1024, 3072, 4
+    ups = [PlainLinear(random(2 * inner, hidden, scale=hidden**-0.5)) for _ in range(8)]
+    downs = [PlainLinear(random(hidden, inner, scale=inner**-0.5)) for _ in range(8)]
+    norm, start = random(hidden), random(num_rows, hidden)
+    total = start.clone()
+
+    def compute(*, is_alone: bool) -> None:
+        for up, down in zip(ups, downs, strict=True):
+            x = few_rows(up, total, norm=norm, eps=1e-6, is_gated=True)
+            if is_alone:
+                torch.cuda.synchronize()
+            few_rows(down, x, residual=total)
+            if is_alone:
+                torch.cuda.synchronize()
+
+    compute(is_alone=True)
+    expected = total.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compute(is_alone=False)
+    for _ in range(3):
+        total.copy_(start)
+        graph.replay()
+        assert torch.equal(total, expected)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 5, 200])
 def test_norms_and_gate(num_tokens: int) -> None:
     from hbserve.layers import fused
