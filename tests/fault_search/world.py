@@ -330,13 +330,16 @@ class World:
 
     @property
     def has_lost_a_phase(self) -> bool:
-        """Whether no instance is left for one of the phases, because the last one was told to leave."""
+        """Whether no instance is left for one of the phases, because the last one was told to leave or was removed."""
         known = self.scheduler.core.instances
-        roles = [
-            known[launcher.instance_id].role if launcher.instance_id in known else launcher.role
+        stays = [
+            launcher
             for launcher in self.launchers
-            if not launcher.has_left and not any(worker.wants_to_leave for worker in launcher.workers)
+            if not (launcher.has_left or any(worker.wants_to_leave for worker in launcher.workers))
+            and (launcher.instance_id in known or launcher.instance_id not in self._to_be_removed)
         ]
+        names = [(launcher.instance_id, launcher.role) for launcher in stays]
+        roles = [known[name].role if name in known else role for name, role in names]
         return not (any(role.prefills for role in roles) and any(role.decodes for role in roles))
 
     def _stop(self, process: Process, lasts_s: float) -> None:
