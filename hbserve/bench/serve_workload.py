@@ -126,7 +126,7 @@ class WorkloadSource:
             rate: requests per second; None: the trace's own.
 
         Raises:
-            ConfigError: if there is no rate, or too few requests to have one.
+            ConfigError: if there is no rate, or too few requests to have one, or none.
         """
         has_times = self.arrivals == "trace"
         if rate is None and not has_times:
@@ -139,6 +139,8 @@ class WorkloadSource:
         if self.trace is None and count is not None and count > _MAX_REQUESTS:
             raise ConfigError(f"{count} requests are too many to draw; take a lower rate or a shorter --duration")
         entries = self._entries(count, seed)
+        if not entries:
+            raise ConfigError("the trace has no requests, or the part that was asked for begins after its last one")
         if has_times:
             times = _stretch([entry.arrival_s or 0.0 for entry in entries], rate)
         else:

@@ -152,6 +152,8 @@ def test_requests_that_come_at_once_have_no_rate(tmp_path: Path) -> None:
         source(trace=trace, arrivals="trace").workload(1.0, 0)
     with pytest.raises(ConfigError, match="--rate"):
         source().workload(None, 0)
+    with pytest.raises(ConfigError, match="no requests"):
+        source(trace=trace[3:], arrivals="trace").workload(1.0, 0)
 
 
 @pytest.mark.parametrize("burstiness", [0.0, 0.25, 1.0, 4.0])
