@@ -28,8 +28,9 @@ from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import KVAllocation, Phase, Sequence
 from hbserve.scheduler.steps import step_builder, step_planner
 from hbserve.scheduler.steps.decode_planner import DecodePlanner
+from hbserve.scheduler.tiers.copies import KVLoad
 from hbserve.scheduler.tiers.lookups import TierLookups
-from hbserve.scheduler.tiers.tracker import KVLoad, KVTiers
+from hbserve.scheduler.tiers.tracker import KVTiers
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.scheduler.worker_registry import WorkerRegistry

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from hbserve.scheduler.scheduler import CpuScheduler
-from hbserve.scheduler.tiers import tracker
+from hbserve.scheduler.tiers import tier
 
 
 class AlwaysLoads(CpuScheduler):
@@ -17,5 +17,5 @@ class AlwaysLoads(CpuScheduler):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        tracker._REST_S = 0.2
+        tier._REST_S = 0.2
         self._requests.tiers._compute_s = lambda tokens, start: math.inf
