@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hbserve.config import Config, InstanceConfig
@@ -15,6 +16,7 @@ from hbserve.kv_transfer.one_sided.base import ArenaSharing
 from hbserve.kv_transfer.rank_transfers import RankTransfers
 from hbserve.messages.tiers import FoundBlocks, HostMemory, TierResult
 from hbserve.messages.transfer import TransferReply
+from hbserve.model_files import is_eagle3_head
 from hbserve.process.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -101,9 +103,12 @@ def loaded_rank(
         timeout_s = max(config.rpc.start_timeout_s, config.rpc.step_timeout_s)
         parallel = join_group(platform, tp_rank, size, port, listener, timeout_s)
         stopwatch.lap("ranks")
-        with WeightsDigest(config.model.path, dummy_seed) as digest:
+        head = config.speculation.model  # blocks have what a head makes of hidden states, so it counts for the model
+        folders = [config.model.path, *([head] if head is not None and is_eagle3_head(Path(head)) else [])]
+        with ExitStack() as stack:
+            digests = [stack.enter_context(WeightsDigest(folder, dummy_seed)) for folder in folders]
             runner = ModelRunner(config, instance, platform, parallel, attachment, stopwatch, defers_graphs)
-            fingerprint = model_fingerprint(digest.result(), runner.spec)
+            fingerprint = model_fingerprint("".join(digest.result() for digest in digests), runner.spec)
         stopwatch.lap("fingerprint")
         sharing = ArenaSharing(runner.kv_handle, platform.open_arena)
         shard = Shard.of_rank(tp_rank, size, runner.spec.num_kv_heads, runner.layout)
