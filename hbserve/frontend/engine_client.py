@@ -188,7 +188,7 @@ class EngineClient:
         if len(encoded) > MAX_REQUEST_BYTES:  # the scheduler's socket would close the connection
             what = f"the request has {len(encoded)} bytes; the scheduler takes at most {MAX_REQUEST_BYTES}"
             raise errors.InvalidRequestError(what, "prompt")
-        new = OpenRequest(request, sink, time.monotonic())
+        new = OpenRequest(request, sink, time.monotonic() - request.age_s)
         self._requests.add(new)
         self._send_requests(new, encoded)
 

@@ -40,7 +40,7 @@ class OpenRequest:
     """A request that has not ended.
 
     Attributes:
-        opened_at: when the client got it, on the monotonic clock; `first_token_at` likewise.
+        opened_at: since when it waits for its first token, on the monotonic clock; `first_token_at` likewise.
         token_ids: output tokens that are here.
         num_scored: prompt tokens whose log-probabilities are here.
         is_sent: the present scheduler has it.

@@ -12,6 +12,7 @@ import asyncio
 import copy
 import itertools
 import secrets
+import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -109,12 +110,17 @@ class TextEngine:
         return SamplingParams(**self.sampling_defaults)
 
     async def open(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, request_id: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        request_id: str | None = None,
+        waits_since: float | None = None,
     ) -> TextStream:
         """Start generating for prompts that belong together.
 
         Args:
             request_id: name for `abort`, unique among the open requests; default: a random one.
+            waits_since: when the time to the first token began, on the monotonic clock; None: now.
 
         Returns:
             A stream that the caller must close; its sample ``p * n + i`` is sample i of prompt p.
@@ -124,6 +130,7 @@ class TextEngine:
             EngineDeadError: if the scheduler has ended.
         """
         request_id = request_id or f"req-{uuid.uuid4().hex}"
+        waits_since = time.monotonic() if waits_since is None else waits_since
         if request_id in self._open:
             raise InvalidRequestError(f"request id {request_id!r} is in use", "request_id")
         num_samples = len(prompts) * sampling.n
@@ -161,7 +168,8 @@ class TextEngine:
                 # The serial number keeps late outputs of an ended request out of a new request with the same id.
                 ids = [f"{request_id}-{len(samples) + i}-{next(self._serial)}" for i in range(sampling.n)]
                 opened.sample_ids += ids
-                for request in self._requests(token_ids, sampling, sent, prediction, ids):
+                age_s = time.monotonic() - waits_since
+                for request in self._requests(token_ids, sampling, sent, prediction, ids, age_s):
                     samples.append(OpenSample(self.text, self.vocab_size, len(samples), request, sampling, stream))
             if self._ended is not None:
                 raise self._ended
@@ -361,6 +369,7 @@ class TextEngine:
         sent: SamplingParams,
         prediction: list[int] | None,
         sample_ids: list[str],
+        age_s: float,
     ) -> list[AddRequest]:
         """Make one request per sample, with all defaults resolved.
 
@@ -392,6 +401,7 @@ class TextEngine:
                     prompt_token_ids=token_ids,
                     end_token_ids=sorted(end_token_ids),
                     sampling=own,
+                    age_s=age_s,
                     predicted_token_ids=prediction,
                 )
             )

@@ -33,9 +33,14 @@ class Deadline:
 
     Args:
         timeout_s: from now on; None: never.
+
+    Attributes:
+        waits_since: when the server has begun to work on the request, on the monotonic clock: its body is whole, and it
+            is its key's turn.
     """
 
     def __init__(self, timeout_s: float | None) -> None:
+        self.waits_since = time.monotonic()
         self._timeout_s = timeout_s
         self.at = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 
@@ -211,7 +216,9 @@ class Generation(ABC):
             if self._stream is None:
                 deadline = self._deadline
                 async with deadline.applied():
-                    self._stream = await self._engine.open(self._prompts, self._sampling, self._head["id"])
+                    self._stream = await self._engine.open(
+                        self._prompts, self._sampling, self._head["id"], deadline.waits_since
+                    )
                 self._prompt_tokens = sum(map(len, self._stream.prompt_token_ids))
                 if deadline.at is not None:
                     self._timer = asyncio.get_running_loop().call_at(deadline.at, self._stream.fail, deadline.error)

@@ -136,6 +136,7 @@ class Guard:
             async with deadline.applied():
                 await body.read()  # before the turn: a client that sends slowly must not hold one
                 await body.while_connected(self._gate.wait_turn(name))
+            deadline.waits_since = time.monotonic()
             try:
                 await self._pace.wait()
                 await self._app(scope, body.receive, response)

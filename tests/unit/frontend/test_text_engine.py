@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -265,6 +266,20 @@ async def test_requests_without_seed_get_different_ones(engine: TextEngine, sche
     assert first is not None
     assert second is not None
     assert first != second
+
+
+async def test_a_target_counts_from_the_begin_of_the_work_on_a_request(
+    engine: TextEngine, scheduler: ScriptedScheduler
+) -> None:
+    """To encode a long prompt takes time, which its client waits, too."""
+    stream = await engine.open(["x"], SamplingParams(max_tokens=1), waits_since=time.monotonic() - 3.0)
+    while await stream.read():
+        pass
+    stream.close()
+    await engine.generate("x", SamplingParams(max_tokens=1))
+    first, second = (request.age_s for request in scheduler.requests)
+    assert first >= 3.0
+    assert second > 0
 
 
 async def test_samples_stream_side_by_side(engine: TextEngine, scheduler: ScriptedScheduler) -> None:
