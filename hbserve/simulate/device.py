@@ -40,11 +40,15 @@ from hbserve.simulate.requests import VOCAB_SIZE
 from hbserve.simulate.tiers import SimulatedHostTier, SimulatedLanes
 from hbserve.speculation.rounds import next_round
 
-PLAN_DELAY_S = 2e-3
-"""Time from a decision to a step with prompts that is ready on the device."""
-_SHORT_PLAN_DELAY_S = 1e-3
+DECODE_SLOWDOWN, PROMPT_SLOWDOWN = 1.06, 1.02
+"""Time of a step without and with prompts in a serving system over that in a profile, which repeats one step of a round
+size. Under load an H200 reaches its limit of power and lowers its clock by a fifth."""
+PLAN_DELAY_S, RESULT_DELAY_S = 2.6e-3, 0.7e-3
+"""Time from a decision to a step with prompts that is ready on the device; from the end of a step to its result."""
+_SHORT_PLAN_DELAY_S = 1.6e-3
+"""The same as `PLAN_DELAY_S` for a step that only decodes: its plan is small."""
 _ROUND_DELAY_S = 0.2e-3
-"""The same for a step that only decodes: its plan is small."""
+"""Time between two rounds of a step."""
 _KV_BYTES_PER_TOKEN = 131_072  # 32 layers, 8 KV heads of 128, two bytes
 _TRANSFER_BYTES_PER_S = 357e9  # NCCL between two H200s, 256 MiB at a time
 _NUM_LAYERS = 32
@@ -230,7 +234,8 @@ class SimulatedWorker:
             return
         self._plans.popleft()
         self.work = work = _work_of(plan.rows)
-        self.alone_s = self._steps.seconds(work) if plan.rows else 0.0
+        slowdown = PROMPT_SLOWDOWN if work.prompt_tokens else DECODE_SLOWDOWN
+        self.alone_s = slowdown * self._steps.seconds(work) if plan.rows else 0.0
         on_done = functools.partial(self._on_done, plan, ready_at)
         self.progress = Progress(self._clock, self.alone_s, on_done)
         self.device.set_speeds()
@@ -259,7 +264,7 @@ class SimulatedWorker:
             early_s=self._last_end - ready_at,
         )
         following = next_round(plan, result, lambda slot: ())
-        self._send(msgspec.structs.replace(result, more=following is not None))
+        self._report(msgspec.structs.replace(result, more=following is not None))
         self._last_end = now
         if following is not None:
             self._plans.appendleft((following, now + _ROUND_DELAY_S))
@@ -277,9 +282,12 @@ class SimulatedWorker:
     def _end_if_idle(self) -> None:
         if self._is_dismissed and self.progress is None and not self._plans:
             self.device.workers.remove(self)
-            self._send(Leaving(epoch=self._epoch))
+            self._report(Leaving(epoch=self._epoch))
             if self._on_exit is not None:
                 self._on_exit(self)
+
+    def _report(self, reply: StepResult | Leaving) -> None:
+        self._clock.at(self._clock.now + RESULT_DELAY_S, lambda: self._send(reply))
 
     # --- transfers -------------------------------------------------------------------------------
 

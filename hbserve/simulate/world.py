@@ -20,6 +20,9 @@ from hbserve.simulate.device import SimulatedDevice, SimulatedWorker
 from hbserve.simulate.requests import VOCAB_SIZE, SimulatedRequest
 from hbserve.simulate.tiers import SimulatedHostTier
 
+REQUEST_DELAY_S, TOKEN_DELAY_S = 3.4e-3, 2.4e-3
+"""Times of a request from its client to the scheduler, and of a token back, over HTTP; medians, measured on an H200's
+host (docs/benchmarks.md)."""
 _CLIENT = b"client"
 _MAX_PAUSE_S = 3600.0
 """Simulated time without the end of a request after which the system counts as stuck."""
@@ -28,7 +31,8 @@ _MAX_PAUSE_S = 3600.0
 class SimulatedSystem:
     """A scheduler's core, and what its shell connects it to.
 
-    Messages take no time, except plans (`hbserve.simulate.device`). Everything that happens at one time is one inbox.
+    Messages take the time that they took where it was measured: of clients here, of workers in
+    `hbserve.simulate.device`; others take none. Everything that happens at one time is one inbox.
 
     Args:
         num_blocks: of each instance's KV pool.
@@ -174,7 +178,10 @@ class SimulatedSystem:
         for ended in outbox.ended:
             request, times = self._open.pop(ended.request_id), ended.metrics
             assert ended.outcome == "completed", f"request {ended.request_id}: {ended.outcome}"
-            request.first_token_time, request.completion_time = times.first_token_time, times.completion_time
+            assert times.first_token_time is not None
+            assert times.completion_time is not None
+            request.first_token_time = times.first_token_time + TOKEN_DELAY_S
+            request.completion_time = times.completion_time + TOKEN_DELAY_S
             request.cached_tokens, request.num_preemptions = times.cached_tokens, times.num_preemptions
             self._last_end = self.clock.now
             if self._on_ended is not None and not self._on_ended(request):
@@ -207,7 +214,7 @@ class SimulatedSystem:
     def _expect(self, arrivals: Iterator[SimulatedRequest]) -> None:
         request = next(arrivals, None)
         if request is not None:
-            self.clock.at(request.arrival, lambda: self._arrive(request, arrivals))
+            self.clock.at(request.arrival + REQUEST_DELAY_S, lambda: self._arrive(request, arrivals))
 
     def _arrive(self, request: SimulatedRequest, arrivals: Iterator[SimulatedRequest]) -> None:
         self._num_requests += 1
@@ -234,6 +241,7 @@ class SimulatedSystem:
             prompt_token_ids=tokens,
             end_token_ids=[],
             sampling=sampling,
+            age_s=REQUEST_DELAY_S,
             predicted_token_ids=predicted,
         )
         self.post(FromClient(_CLIENT, message))

@@ -39,7 +39,7 @@ def test_no_chunk_and_no_split_serves_more_than_steps_by_time() -> None:
 
 
 def test_nor_under_loads_that_no_rule_was_made_for() -> None:
-    """Sixteen parts. In none are more than four requests of forty lost to the system that is best there."""
+    """Sixteen parts. In none are more than five requests of forty lost to the system that is best there."""
     sums = dict.fromkeys(("unified", *TUNED), 0.0)
     for kind in KINDS:
         for rate, seed in ((rate, seed) for rate in RATES[kind] for seed in SEEDS):
@@ -47,7 +47,7 @@ def test_nor_under_loads_that_no_rule_was_made_for() -> None:
                 name: attainment(name, TTFT_MS[kind], lambda part=(kind, rate, NUM_REQUESTS, seed): drawn(*part))
                 for name in sums
             }
-            assert met["unified"] > max(met.values()) - 4.5 / NUM_REQUESTS, (kind, rate, seed, met)
+            assert met["unified"] > max(met.values()) - 5.5 / NUM_REQUESTS, (kind, rate, seed, met)
             sums = {name: sums[name] + met[name] for name in sums}
     assert sums["unified"] >= max(sums.values()) - TOLERANCE * len(KINDS) * 2 * len(SEEDS)
 
