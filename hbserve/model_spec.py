@@ -188,7 +188,7 @@ class ModelSpec:
             spec = _from_config(family, config, dtype, is_tied, max_model_len)
             if weight_format is None and quantization == "fp8":
                 # Errors of the last feed-forward layer reach the logits at full size (docs/quantization.md). Inputs of
-                # experts are not quantised, so their errors are smaller.
+                # experts are not quantised where they are few, so their errors are smaller.
                 weight_format = on_load(*([] if spec.experts else [f"model.layers.{spec.num_layers - 1}.{family.mlp}"]))
             return replace(
                 spec,

@@ -189,5 +189,29 @@ def fp8_rows(layer: Fp8Linear, x: Tensor, out: Quantised | None = None, *, is_ga
     return out
 
 
+def fp8_groups(x: Tensor) -> Quantised:
+    """Quantise contiguous rows, with a scale for each 128 columns."""
+    return _fp8_plain_rows(x, GROUPED.value)
+
+
+def fp8_tokens(x: Tensor) -> Quantised:
+    """Quantise contiguous rows, with a scale for each row."""
+    return _fp8_plain_rows(x, DYNAMIC.value)
+
+
+def _fp8_plain_rows(x: Tensor, mode: int) -> Quantised:
+    num_rows, size = x.shape
+    num_scales = triton.cdiv(size, BLOCK_SIZE) if mode == GROUPED.value else 1
+    values = torch.empty(num_rows, size, dtype=FP8, device=x.device)
+    scales = torch.empty(num_rows, num_scales, dtype=torch.float32, device=x.device)
+    block = min(_MAX_LANES, max(BLOCK_SIZE, triton.next_power_of_2(size)))
+    overlap = overlaps(x.device)
+    _rows_kernel[(num_rows,)](
+        x, values, scales, scales, size, block, num_scales, mode, False, overlap,
+        num_warps=max(1, min(16, block // 512)), launch_pdl=overlap,
+    )  # fmt: skip
+    return Quantised(values, scales)
+
+
 def _input_scale(layer: Fp8Linear) -> Tensor:
     return layer.scale if layer.input_scale is None else layer.input_scale

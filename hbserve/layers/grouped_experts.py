@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hbserve.layers.expert_routing import Choice, Groups, choose, group_pairs, max_tiles
 from hbserve.layers.expert_rows import Norm, activate, mix_row, scales_of
 from hbserve.layers.experts import ExpertWeights, router_logits
+from hbserve.layers.fp8_experts import Fp8Tiles, fp8_tiles, mix_pairs
 from hbserve.model_families.declaration import Experts
 from hbserve.platform.cuda_driver import overlaps
 
@@ -48,20 +49,19 @@ _TILES = (
 """By the mean number of pairs of an expert, up to which they are used: from public tunings of such kernels on H200."""
 
 _MANY_PAIRS = _Tiles(128, 256, 64, 8, 4)
-_MANY_QUANTISED = _Tiles(128, 128, 64, 8, 4)
-"""Sums of scaled blocks and converted weights need more registers. These tiles multiply in float16: one instruction
-converts two FP8 numbers to it, four to bfloat16."""
-
-_FLOAT16_MAX = 65504.0
+_MAX_FEW_PAIRS = 16
+"""Mean number of pairs of an expert in FP8 up to which inputs stay as they are; more are bound by multiplying."""
 
 _FLOAT32 = _Tiles(32, 64, 32, 4, 2)
 
 
-def _tiles(num_pairs: int, num_experts: int, dtype: torch.dtype, is_quantised: bool = False) -> _Tiles:
+def _tiles(num_pairs: int, experts: Experts, dtype: torch.dtype, weights: ExpertWeights) -> _Tiles | Fp8Tiles:
     if dtype == torch.float32:
         return _FLOAT32
-    many = _MANY_QUANTISED if is_quantised else _MANY_PAIRS
-    return next((tiles for pairs, tiles in _TILES if num_pairs <= pairs * num_experts), many)
+    mean = num_pairs / experts.num_experts  # over all experts, since other ranks have their share of the pairs
+    if weights.up_scale is not None and mean > _MAX_FEW_PAIRS:
+        return fp8_tiles(mean, weights.up_scale.dim() == 2)
+    return next((tiles for pairs, tiles in _TILES if mean <= pairs), _MANY_PAIRS)
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _add_product(  # type: ignore[no-untyped-def]
 def _grouped_up_kernel(  # type: ignore[no-untyped-def]
     x, weight, scale, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, is_narrowed: tl.constexpr, precision: tl.constexpr, overlap: tl.constexpr,
+    num_scales: tl.constexpr, precision: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -119,11 +119,7 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
             gate *= tl.load(scale + gate_row // scale_rows, mask=in_columns, other=0.0)[None, :]
             up *= tl.load(scale + up_row // scale_rows, mask=in_columns, other=0.0)[None, :]
         target = out + pair.to(tl.int64)[:, None] * num_columns + column[None, :]
-        if is_narrowed:  # from bfloat16 to float16, which ends earlier
-            activated = activate(gate, up, tl.bfloat16).to(tl.float32)
-            activated = tl.clamp(activated, -65504.0, 65504.0).to(tl.float16)
-        else:
-            activated = activate(gate, up, out.dtype.element_ty)
+        activated = activate(gate, up, out.dtype.element_ty)
         tl.store(target, activated, mask=in_rows[:, None] & in_columns[None, :])
 
 
@@ -237,33 +233,36 @@ class GroupedExperts:
         assert not is_added, "only the kernels for one token add their result"
         assert norm is None, "only the kernels for one token compute a norm"
         logits = router_logits(x, weights, self._experts)
-        memory = self._group_memory(x, weights.up_scale is not None)
-        is_narrowed = memory.tiles is _MANY_QUANTISED and x.dtype == torch.bfloat16
-        pairs_dtype = torch.float16 if is_narrowed else x.dtype
-        pairs = x.new_empty(x.shape[0], self._experts.num_chosen, weights.down.shape[1], dtype=pairs_dtype)
+        memory = self._group_memory(x, weights)
         # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
         choice = choose(logits, weights.router_bias, self._experts, self._local, slots, totals, self._counts)
         group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
-        self._mix_grouped(x, weights, choice, memory, pairs, out)
+        if isinstance(memory.tiles, Fp8Tiles):
+            mix_pairs(x, weights, choice, memory.groups, memory.tiles, memory.rows)
+        else:
+            self._mix_pairs(x, weights, choice, memory, memory.tiles)
+        overlap, num_blocks = overlaps(x.device), triton.cdiv(x.shape[1], _BLOCK_COLUMNS)
+        _sum_kernel[(x.shape[0], num_blocks)](
+            memory.rows, choice.experts, out, x.shape[1], self._experts.num_chosen, _BLOCK_COLUMNS, overlap,
+            launch_pdl=overlap,
+        )  # fmt: skip
 
-    def _group_memory(self, x: Tensor, is_quantised: bool) -> _GroupMemory:
+    def _group_memory(self, x: Tensor, weights: ExpertWeights) -> _GroupMemory:
         num_pairs, num_experts = x.shape[0] * self._experts.num_chosen, self._local[1]
-        # the mean over all experts, since other ranks have their share of the pairs
-        tiles = _tiles(num_pairs, self._experts.num_experts, x.dtype, is_quantised)
+        tiles = _tiles(num_pairs, self._experts, x.dtype, weights)
         count = max_tiles(num_pairs, num_experts, tiles.rows)
         sizes = (count * tiles.rows, count, num_experts, 1, num_experts)
         *groups, starts = (torch.empty(size, dtype=torch.int32, device=x.device) for size in sizes)
         rows = x.new_empty(num_pairs, x.shape[1])
         return _GroupMemory(Groups(*groups), starts, tiles, rows)
 
-    def _mix_grouped(
-        self, x: Tensor, weights: ExpertWeights, choice: Choice, memory: _GroupMemory, pairs: Tensor, out: Tensor
+    def _mix_pairs(
+        self, x: Tensor, weights: ExpertWeights, choice: Choice, memory: _GroupMemory, tiles: _Tiles
     ) -> None:
-        (num_tokens, hidden), inner, num_chosen = x.shape, pairs.shape[2], self._experts.num_chosen
-        groups, tiles = memory.groups, memory.tiles
-        is_narrowed = pairs.dtype != x.dtype
-        if is_narrowed:
-            x = x.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).to(pairs.dtype)
+        """Compute a weighted row for each pair of a token and an expert."""
+        hidden, inner, num_chosen = x.shape[1], weights.down.shape[1], self._experts.num_chosen
+        groups = memory.groups
+        pairs = x.new_empty(x.shape[0] * num_chosen, inner)
         up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
         precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of float32 products only
         overlap = overlaps(x.device)
@@ -271,16 +270,13 @@ class GroupedExperts:
         num_blocks = triton.cdiv(inner, tiles.columns // 2)
         _grouped_up_kernel[(len(groups.tile_experts) * num_blocks,)](
             x, weights.up, up.scale, *groups, pairs, inner, num_chosen, num_blocks, hidden, tiles.rows,
-            tiles.columns // 2, tiles.step, up.block_rows, up.num_scales, is_narrowed, precision, overlap, **options,
+            tiles.columns // 2, tiles.step, up.block_rows, up.num_scales, precision, overlap, **options,
         )  # fmt: skip
         num_blocks = triton.cdiv(hidden, tiles.columns)
         _grouped_down_kernel[(len(groups.tile_experts) * num_blocks,)](
             pairs, weights.down, down.scale, *groups, choice.weights, memory.rows, hidden, num_blocks, inner,
             tiles.rows, tiles.columns, tiles.step, down.block_rows, down.num_scales, precision, overlap, **options,
         )  # fmt: skip
-        _sum_kernel[(num_tokens, triton.cdiv(hidden, _BLOCK_COLUMNS))](
-            memory.rows, choice.experts, out, hidden, num_chosen, _BLOCK_COLUMNS, overlap, launch_pdl=overlap
-        )
 
 
 class _GroupMemory(NamedTuple):
@@ -288,5 +284,5 @@ class _GroupMemory(NamedTuple):
 
     groups: Groups
     starts: Tensor
-    tiles: _Tiles
+    tiles: _Tiles | Fp8Tiles
     rows: Tensor

@@ -236,7 +236,7 @@ def _is_harmless(name: str, spec: ModelSpec) -> bool:
     """Whether a tensor adds nothing.
 
     Such are old rotary frequencies, a copy of a tied LM head, a layer that drafts tokens, scales of KV if it is not in
-    FP8, and scales of the inputs of experts, which are not quantised.
+    FP8, and scales of the inputs of experts, which are computed where they are needed.
     """
     if spec.experts is not None and ".experts." in name and name.endswith((".input_scale", ".activation_scale")):
         return spec.weight_format is not None and spec.weight_format.is_static

@@ -215,7 +215,7 @@ class Sharding:
             yield "logit_bias", (_part(f"{prefix}{family.router}.bias", (experts.num_experts,)),)
             yield from self._expert_biases(prefix, experts, local, inner)
         up_parts, down_parts = self._expert_parts(prefix, experts, local, inner)
-        # Inputs of experts stay as they are, so scales of them are not read.
+        # Inputs of experts stay as they are or have scales of their own, so those of the checkpoint are not read.
         expert_format = self.spec.weight_format and replace(self.spec.weight_format, is_static=False)
         yield from matrix_parameters(expert_format, "up", up_parts)
         yield from matrix_parameters(expert_format, "down", down_parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.gpu
 
 from hbserve.layers.activations import silu_and_mul  # noqa: E402
 from hbserve.layers.experts import ExpertWeights, choose_experts, mix_experts, router_logits  # noqa: E402
+from hbserve.layers.fp8 import quantise  # noqa: E402
 from hbserve.layers.grouped_experts import GroupedExperts  # noqa: E402
 from hbserve.layers.norms import rms_norm  # noqa: E402
 from hbserve.model_families.declaration import Experts  # noqa: E402
@@ -42,9 +44,9 @@ def mixture(num_experts: int, num_chosen: int, router: str = "softmax") -> Exper
     return softmax if router == "softmax" else dataclasses.replace(softmax, scoring="sigmoid", has_bias=True, scale=2.5)
 
 
-def parameters(experts: Experts, skew: float) -> ExpertWeights:
+def parameters(experts: Experts, skew: float, hidden: int = HIDDEN) -> ExpertWeights:
     """Make weights; with ``skew`` the router prefers some experts by far."""
-    hidden, scales = HIDDEN, torch.logspace(0, -skew, experts.num_experts, device=DEVICE)
+    scales = torch.logspace(0, -skew, experts.num_experts, device=DEVICE)
     router = random(experts.num_experts, hidden) * scales[:, None]
     has_bias = experts.has_bias
     return ExpertWeights(
@@ -55,14 +57,15 @@ def parameters(experts: Experts, skew: float) -> ExpertWeights:
     )
 
 
-def quantised(weights: ExpertWeights, has_blocks: bool) -> ExpertWeights:
-    """Return the same parameters in FP8, with scales of rows or of blocks of 8 x 128."""
+def quantised(weights: ExpertWeights, has_blocks: bool, block_rows: int = 8) -> ExpertWeights:
+    """Return the same parameters in FP8, with scales of rows or of blocks of ``block_rows`` x 128."""
     parts: dict[str, torch.Tensor] = {}
     for name in ("up", "down"):
         matrix = getattr(weights, name).float()
         if has_blocks:
-            scale = torch.rand(matrix.shape[0] // 8, -(-matrix.shape[1] // 128), device=DEVICE) * 0.01 + 0.001
-            wide = scale.repeat_interleave(8, 0).repeat_interleave(128, 1)[:, : matrix.shape[1]]
+            scale = torch.rand(matrix.shape[0] // block_rows, -(-matrix.shape[1] // 128), device=DEVICE)
+            scale = scale * 0.01 + 0.001
+            wide = scale.repeat_interleave(block_rows, 0).repeat_interleave(128, 1)[:, : matrix.shape[1]]
         else:
             scale = matrix.abs().amax(1) / 448
             wide = scale[:, None]
@@ -86,14 +89,24 @@ def wide(matrix: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     )
 
 
-def expected(x: torch.Tensor, weights: ExpertWeights, experts: Experts) -> torch.Tensor:
-    """Compute the mixture in float32, with the experts that the router chooses in its own dtype."""
+def expected(
+    x: torch.Tensor, weights: ExpertWeights, experts: Experts, fp8_inputs: Literal["tokens", "groups"] | None = None
+) -> torch.Tensor:
+    """Compute the mixture in float32, with the experts that the router chooses in its own dtype.
+
+    Args:
+        fp8_inputs: inputs of both products are rounded to FP8, with a scale for each token, or for each 128 inputs.
+    """
     token_weights, chosen = choose_experts(router_logits(x, weights, experts), weights.router_bias, experts)
     ups = wide(weights.up, weights.up_scale).view(experts.num_experts, -1, x.shape[1])
     downs = wide(weights.down, weights.down_scale).view(experts.num_experts, x.shape[1], -1)
     out = torch.zeros(x.shape, device=DEVICE)
+    if fp8_inputs is not None:
+        x = quantise(x, is_grouped=fp8_inputs == "groups").dequantised()
     for expert in range(experts.num_experts):
         inner = silu_and_mul(F.linear(x.float(), ups[expert]))
+        if fp8_inputs is not None:
+            inner = quantise(inner.to(DTYPE), is_grouped=fp8_inputs == "groups").dequantised()
         share = token_weights.float().where(chosen == expert, 0).sum(-1, keepdim=True)
         out += F.linear(inner, downs[expert]) * share
     return out
@@ -103,6 +116,12 @@ def assert_close(actual: torch.Tensor, target: torch.Tensor) -> None:
     """Compare rows: gate and up are rounded to the dtype, so an element may be off by a rounding of the largest."""
     tolerance = 2 * torch.finfo(DTYPE).eps if DTYPE.itemsize == 2 else 1e-5
     torch.testing.assert_close(actual.float(), target, atol=tolerance * target.abs().max().item(), rtol=tolerance)
+
+
+def assert_close_in_fp8(actual: torch.Tensor, target: torch.Tensor) -> None:
+    """Compare what is computed from values in FP8: one between two of them may become either, by other roundings."""
+    error = (actual.float() - target).norm() / target.norm()
+    assert error < 0.02, f"relative error {error:.4f}"
 
 
 @pytest.mark.parametrize(
@@ -146,15 +165,30 @@ def test_experts(num_experts: int, num_chosen: int, router: str, num_tokens: int
 
 
 @pytest.mark.parametrize("has_blocks", [False, True])
-@pytest.mark.parametrize("num_tokens", [1, 50, 600])
+@pytest.mark.parametrize("num_tokens", [1, 50, 200, 600])
 def test_experts_in_fp8(has_blocks: bool, num_tokens: int) -> None:
     experts = mixture(16, 4)
     weights = quantised(parameters(experts, 1.0), has_blocks)
     x = random(num_tokens, HIDDEN)
     out = torch.full_like(x, math.nan)
     GroupedExperts(experts, (0, 16), totals_of(experts)).mix(1, x, weights, None, out)
-    assert_close(out, expected(x, weights, experts))
+    if num_tokens > 50:  # of few tokens, the inputs stay as they are
+        assert_close_in_fp8(
+            out, expected(x, weights, experts, "groups" if has_blocks or num_tokens == 200 else "tokens")
+        )
+    else:
+        assert_close(out, expected(x, weights, experts))
     assert_close(mix_experts(x, weights, experts, silu_and_mul, totals_of(experts)[0]), expected(x, weights, experts))
+
+
+@pytest.mark.parametrize("num_tokens", [300, 1300])
+def test_experts_in_blocks_of_128(num_tokens: int) -> None:
+    experts = dataclasses.replace(mixture(8, 2), inner_size=256)
+    weights = quantised(parameters(experts, 0.0, hidden=384), has_blocks=True, block_rows=128)
+    x = random(num_tokens, 384)
+    out = torch.full_like(x, math.nan)
+    GroupedExperts(experts, (0, 8), totals_of(experts)).mix(1, x, weights, None, out)
+    assert_close_in_fp8(out, expected(x, weights, experts, "groups"))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40])
