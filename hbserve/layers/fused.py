@@ -215,8 +215,9 @@ def norm_rotate_store(
     _, _, block_size, num_kv_heads, head_dim = cache.shape
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q_weight, k_weight = norms or (qkv, qkv)
-    # Few tokens: one head per program, to use more multiprocessors. Many tokens fill the GPU with 8 heads each.
-    heads_per_program = 1 if num_tokens < 64 else 8
+    # A sweep on an H200 (docs/quantization.md): few tokens use more multiprocessors with one head per program, some
+    # have a warp for each head, and many fill the GPU.
+    heads_per_program, num_warps = (1, 1) if num_tokens <= 8 else (8, 8) if num_tokens <= 48 else (8, 2)
     overlap = overlaps(qkv.device)
     _norm_rotate_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads_per_program))](
         qkv, out, cache, qkv if kv_scales is None else kv_scales, q_weight, k_weight, positions, slots,
@@ -225,5 +226,5 @@ def norm_rotate_store(
         num_heads, num_kv_heads, head_dim, triton.next_power_of_2(head_dim // 2),
         rotary.rotated_dim, rotary.is_interleaved, block_size, norms is not None, kv_scales is not None,
         0 if kv_scales is None else rotary.mix_stages, heads_per_program, overlap,
-        num_warps=1 if heads_per_program == 1 else 2, launch_pdl=overlap,
+        num_warps=num_warps, launch_pdl=overlap,
     )  # fmt: skip

@@ -301,7 +301,7 @@ def test_sum_over_ranks_with_norm(num_rows: int, size: int, num_ranks: int) -> N
         assert torch.equal(flags, expected_flags)
 
 
-@pytest.mark.parametrize("num_tokens", [3, 130])
+@pytest.mark.parametrize("num_tokens", [3, 40, 130])
 @pytest.mark.parametrize(("rotated_dim", "is_interleaved"), [(None, False), (None, True), (48, False), (64, True)])
 def test_norm_rotate_store(num_tokens: int, rotated_dim: int | None, is_interleaved: bool) -> None:
     from hbserve.layers import fused
@@ -329,7 +329,7 @@ def test_norm_rotate_store(num_tokens: int, rotated_dim: int | None, is_interlea
     assert cache.count_nonzero(dim=(1, 3, 4)).count_nonzero() <= num_tokens - 1
 
 
-@pytest.mark.parametrize("num_tokens", [3, 130])
+@pytest.mark.parametrize("num_tokens", [3, 40, 130])
 @pytest.mark.parametrize(("rotated_dim", "is_interleaved"), [(None, False), (None, True), (64, False), (64, True)])
 def test_heads_are_mixed_for_a_cache_in_fp8(num_tokens: int, rotated_dim: int | None, is_interleaved: bool) -> None:
     from hbserve.float8 import FP8, widened
