@@ -276,9 +276,10 @@ class _Probe:
                     part = name
                     number = 0
                     while time.monotonic() < before + seconds / 2:
-                        number += 1  # at the same rate in both parts: a request itself takes steps from the streams
-                        prompt = prompts[0] if name == "cached" else prompts[number % len(prompts)]
-                        await self.request(prompt)
+                        # At the same rate in both parts: a request itself takes steps from the streams.
+                        place = 0 if name == "cached" else 1 + (counts[name] + number) % (len(prompts) - 1)
+                        number += 1
+                        await self.request(prompts[place])
                         await asyncio.sleep(max(0.0, before + number * interval_s - time.monotonic()))
                     counts[name] += number
                 part = ""
