@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,23 @@ class PageTables:
         return PageTables(indptr, indices, (context_lens - (pages - 1) * block_size).astype(np.int32))
 
 
+class HeadTransform(NamedTuple):
+    """What is done to heads of queries and keys before attention.
+
+    Attributes:
+        norms: weights ``[head_dim]`` of the RMS norms of q and k; None: no norms.
+        eps: of these norms.
+        inverse_frequencies, magnitude, rotated_dim, is_interleaved: see `hbserve.layers.rotary.RotaryEmbedding`.
+    """
+
+    norms: tuple[Tensor, Tensor] | None
+    eps: float
+    inverse_frequencies: Tensor
+    magnitude: float
+    rotated_dim: int
+    is_interleaved: bool
+
+
 class Attention(ABC):
     """Causal attention of one rank over a block-major KV cache.
 
@@ -86,6 +103,9 @@ class Attention(ABC):
 
     slot_mapping: Tensor
     """Slot mapping of the step that has begun; see `AttentionBatch`."""
+
+    transforms_heads: bool = False
+    """Whether the step that has begun has one row, and `attend_transformed` computes it."""
 
     def __init__(self, layout: KVLayout, kv_cache: Tensor, kv_scales: Tensor | None = None) -> None:
         self.layout, self.kv_cache = layout, kv_cache
@@ -120,6 +140,15 @@ class Attention(ABC):
             q: ``[tokens, heads, head_dim]``.
             out: receives the result; contiguous, same shape.
         """
+
+    def attend_transformed(self, layer: int, qkv: Tensor, heads: HeadTransform, out: Tensor) -> None:
+        """Norm and rotate heads, store the newest key and value, and attend, in one kernel; if `transforms_heads`.
+
+        Args:
+            qkv: contiguous ``[1, (heads + 2 kv heads) * head_dim]``.
+            out: receives the result; contiguous ``[1, heads, head_dim]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no such kernel")
 
 
 def as_bytes(cells: Tensor) -> Tensor:

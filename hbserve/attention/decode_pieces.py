@@ -109,20 +109,20 @@ class PieceCutter:
     num_multiprocessors: int
     programs_per_sm: int
 
-    @property
+    @functools.cached_property
     def _is_small(self) -> bool:
         return self.num_rows * self.num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS
 
-    @property
+    @functools.cached_property
     def _extra_programs(self) -> int:
         return (_EXTRA_PROGRAMS_OF_SMALL_BATCH if self._is_small else _EXTRA_PROGRAMS) // self.num_kv_heads
 
-    @property
+    @functools.cached_property
     def _num_concurrent(self) -> int:
         """Pieces that the GPU computes at a time."""
         return max(1, self.num_multiprocessors * self.programs_per_sm // self.num_kv_heads)
 
-    @property
+    @functools.cached_property
     def capacity(self) -> int:
         """Maximum number of pieces of a batch."""
         return self.num_rows + min(self._extra_programs, (MAX_SPLITS - 1) * self.num_rows)

@@ -31,9 +31,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.attention.base import Attention, has_unusual_scores
+from hbserve.attention.base import Attention, HeadTransform, has_unusual_scores
 from hbserve.attention.decode_pieces import MAX_SMALL_BATCH_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
+from hbserve.attention.decode_tiles import in_registers, merge_parts
 from hbserve.attention.fp8_direct import TILE_TOKENS, attend_directly
+from hbserve.attention.row_decode import RowDecode
 from hbserve.float8 import FP8
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
@@ -48,56 +50,9 @@ pieces of a sequence to merge, and not so many programs that their registers cou
 
 
 @triton.jit
-def _in_registers(values, operand: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Convert FP8 values as they were loaded.
-
-    Triton converts what a product reads after it has changed hands between threads. Values of a transposed operand
-    change hands one byte at a time then. It leaves assembler that has effects where it is.
-    """
-    if values.dtype == tl.float8e4nv:
-        values = tl.inline_asm_elementwise(
-            "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
-            " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
-            "=r,=r,r", [values], dtype=tl.float16, is_pure=False, pack=4,
-        )  # fmt: skip
-    return values.to(operand)
-
-
-@triton.jit
 def _scores(query, key, token, row_end):  # type: ignore[no-untyped-def]
     """Multiply queries by keys; those that a row does not see get the lowest score."""
     return tl.where(token[None, :] < row_end[:, None], tl.dot(query, tl.trans(key)), -1e30)
-
-
-@triton.jit
-def _merge(  # type: ignore[no-untyped-def]
-    partial, partial_lse, first_row, num_parts, lane, in_head,
-    group: tl.constexpr, head_dim: tl.constexpr, lanes: tl.constexpr, stride_part: tl.constexpr,
-    group_lanes: tl.constexpr, merged_parts: tl.constexpr,
-):  # fmt: skip
-    """Merge the partial results of one token's query heads, a few parts at a time."""
-    member = tl.arange(0, group_lanes)
-    highest = tl.full((group_lanes,), -1e30, tl.float32)
-    total = tl.zeros((group_lanes,), tl.float32)
-    merged = tl.zeros((group_lanes, lanes), tl.float32)
-    for begin_part in tl.range(0, num_parts, merged_parts, num_stages=1):
-        part = begin_part + tl.arange(0, merged_parts)
-        used = (member < group)[:, None] & (part < num_parts)[None, :]
-        rows = first_row + member[:, None] + part[None, :] * stride_part
-        lse = tl.load(partial_lse + rows, mask=used, other=-1e30, cache_modifier=".cg")
-        values = tl.load(
-            partial + rows[:, :, None] * head_dim + lane[None, None, :],
-            mask=used[:, :, None] & in_head[:, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_highest = tl.maximum(highest, tl.max(lse, axis=1))
-        shrink = tl.exp2(highest - new_highest)
-        share = tl.where(used, tl.exp2(lse - new_highest[:, None]), 0.0)
-        total = total * shrink + tl.sum(share, axis=1)
-        merged = merged * shrink[:, None] + tl.sum(values * share[:, :, None], axis=1)
-        highest = new_highest
-    return merged / total[:, None]
 
 
 @triton.jit
@@ -170,7 +125,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         new_key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         new_value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         key = tl.where(is_newest[:, None], new_key.to(operand), early_key.to(operand))
-        value = tl.where(is_newest[:, None], _in_registers(new_value, operand), _in_registers(early_value, operand))
+        value = tl.where(is_newest[:, None], in_registers(new_value, operand), in_registers(early_value, operand))
         score = _scores(query, key, token, row_end)
         highest = tl.max(score, axis=1)
         weight = tl.exp2(score - highest[:, None])
@@ -192,7 +147,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             mask = in_piece[:, None] & in_head
             key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0).to(operand)
             value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
-            value = _in_registers(value, operand)
+            value = in_registers(value, operand)
             score = _scores(query, key, token, row_end)
             new_highest = tl.maximum(highest, tl.max(score, axis=1))
             shrink = tl.exp2(highest - new_highest)
@@ -218,7 +173,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             tl.store(counter, 0)  # for the next layer
             for token_index in tl.range(0, num_tokens, num_stages=1):
                 first_parts = (first_part * num_kv_heads + head) * query_rows + token_index * group_lanes
-                merged = _merge(
+                merged = merge_parts(
                     partial, partial_lse, first_parts, num_parts, lane, in_head,
                     group, head_dim, lanes, num_kv_heads * query_rows, group_lanes, merged_parts,
                 )  # fmt: skip
@@ -282,6 +237,9 @@ class PagedDecode(Attention):
         # of the process's share, where CUDA MPS gives it one
         self._num_multiprocessors = torch.cuda.get_device_properties(kv_cache.device).multi_processor_count
         self._inputs: DecodeInputs | None = None
+        self._cutters: dict[int, PieceCutter] = {}  # by number of rows: a step has no time to make one
+        # Queries and keys of a cache in FP8 are mixed before they are stored, by another kernel.
+        self._row = RowDecode(kv_cache, num_heads, self._counters) if self.kv_scales is None else None
 
     @staticmethod
     def supports(spec: ModelSpec, layout: KVLayout) -> str | None:
@@ -297,6 +255,11 @@ class PagedDecode(Attention):
     def begin(self, inputs: DecodeInputs) -> None:
         """Let `attend` compute this batch from now on."""
         self._inputs, self.slot_mapping = inputs, inputs.slot_mapping
+        self.transforms_heads = self.needs_no_pieces(len(inputs.positions))
+
+    def needs_no_pieces(self, num_rows: int) -> bool:
+        """Whether `attend_transformed` computes batches of so many rows."""
+        return num_rows == 1 and self._row is not None
 
     def capacity(self, num_rows: int) -> int:
         """Maximum number of pieces of a batch of ``num_rows``."""
@@ -314,9 +277,12 @@ class PagedDecode(Attention):
         return self._cutter(int(first_row[-1])).cut(context_lens, int(np.diff(first_row).max()))
 
     def _cutter(self, num_rows: int) -> PieceCutter:
-        shape = self._launch_shape(num_rows)
-        num_kv_heads = self.layout.num_kv_heads
-        return PieceCutter(num_rows, num_kv_heads, shape.block, self._num_multiprocessors, shape.programs_per_sm)
+        cutter = self._cutters.get(num_rows)
+        if cutter is None:
+            shape, num_kv_heads = self._launch_shape(num_rows), self.layout.num_kv_heads
+            cutter = PieceCutter(num_rows, num_kv_heads, shape.block, self._num_multiprocessors, shape.programs_per_sm)
+            self._cutters[num_rows] = cutter
+        return cutter
 
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         assert self._inputs is not None, "no batch has begun"
@@ -342,6 +308,12 @@ class PagedDecode(Attention):
             is_small, self.kv_scales is not None, shape.is_direct, self._overlap,
             num_warps=shape.num_warps, launch_pdl=self._overlap,
         )  # fmt: skip
+
+    def attend_transformed(self, layer: int, qkv: Tensor, heads: HeadTransform, out: Tensor) -> None:
+        assert self._inputs is not None, "no batch has begun"
+        assert self._row is not None, "it transforms no heads"
+        inputs = self._inputs
+        self._row.attend(layer, qkv, heads, inputs.positions, inputs.slot_mapping, inputs.indices, out)
 
     def _launch_shape(self, num_rows: int) -> _LaunchShape:
         layout, programs = self.layout, num_rows * self.layout.num_kv_heads

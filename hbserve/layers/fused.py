@@ -35,6 +35,36 @@ def store_rms_norm(values, weights, out, mask, eps, size: tl.constexpr):  # type
 
 
 @triton.jit
+def _embed_kernel(  # type: ignore[no-untyped-def]
+    given, last, slots, embedding, out, scale, num_tokens, size, block: tl.constexpr, overlap: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.load(given + row)
+    if token < 0:
+        token = tl.load(last + tl.load(slots + row))
+    # Without a largest logit nothing was sampled; the host finds that in the result of the step before.
+    token = tl.where((token >= 0) & (token < num_tokens), token, 0)
+    values = tl.load(embedding + token * size + columns, mask=columns < size, other=0.0)
+    tl.store(out + row * size + columns, (values.to(tl.float32) * scale).to(values.dtype), mask=columns < size)
+
+
+def embed(given: Tensor, last: Tensor, slots: Tensor, embedding: Tensor, scale: float) -> Tensor:
+    """Compute `hbserve.layers.ops.LayerOps.embed` where ``embedding`` has the whole vocabulary."""
+    num_rows, size = len(given), embedding.shape[1]
+    out = torch.empty(num_rows, size, dtype=embedding.dtype, device=embedding.device)
+    block, overlap = 1024, overlaps(embedding.device)
+    _embed_kernel[(num_rows, triton.cdiv(size, block))](
+        given, last, slots, embedding, out, scale, embedding.shape[0], size, block, overlap,
+        num_warps=4, launch_pdl=overlap,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
 def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     x, residual, weight, out, stride, eps,
     size: tl.constexpr, block: tl.constexpr, has_residual: tl.constexpr, overlap: tl.constexpr,

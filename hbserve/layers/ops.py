@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hbserve.attention.base import Attention
+from hbserve.attention.base import Attention, HeadTransform
 from hbserve.layers.activations import make_activation, xielu
 from hbserve.layers.experts import ExpertWeights, mix_experts
 from hbserve.layers.fp8 import Fp8Linear
 from hbserve.layers.linear import Linear, LinearKernels, PlainLinear, Rows
 from hbserve.layers.norms import NORMS
-from hbserve.layers.parallel import SumAndNorm, TensorParallel
+from hbserve.layers.parallel import SumAndNorm, TensorParallel, vocab_parallel_embedding
 from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.model_spec import ModelSpec
 
@@ -92,6 +92,20 @@ class LayerOps:
         """Add ``x`` to ``residual`` in place and return the norm of the sum."""
         return self._norm(residual.add_(x), weight, eps)
 
+    def embed(
+        self, given: Tensor, last: Tensor, slots: Tensor, embedding: Tensor, vocab_size: int, scale: float
+    ) -> Tensor:
+        """Return embeddings ``[tokens, hidden]``, times a factor.
+
+        Args:
+            given: int64 ``[tokens]``; a negative one stands for the token that its slot has sampled last.
+            last: int64 ``[slots]``, these tokens. slots: int64 ``[tokens]``.
+            embedding: this rank's `hbserve.layers.parallel.vocab_shard`.
+        """
+        token_ids = torch.where(given < 0, last[slots], given)
+        rows = vocab_parallel_embedding(token_ids, embedding, vocab_size, self.parallel)
+        return rows if scale == 1 else rows * scale
+
     def linear(self, x: Rows, layer: Linear, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         """Return ``x @ weight.T + bias``; see `Linear.__call__`."""
         assert isinstance(x, Tensor), "plain torch computes tensors"
@@ -107,9 +121,11 @@ class LayerOps:
             return self._norm(stream.total, weight, self.eps)
         return (sum_and_norm or self._add_norm_)(pending, stream.total, weight, self.eps)
 
-    def norm_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
-        """Apply a linear layer to the norm of the stream."""
-        return self.linear(self.norm(stream, norm), layer)
+    def norm_linear(
+        self, stream: ResidualStream, norm: Tensor | None, layer: Linear, out: Tensor | None = None
+    ) -> Tensor:
+        """Apply a linear layer to the norm of the stream; the result is in ``out`` if given."""
+        return self.linear(self.norm(stream, norm), layer, out)
 
     def norm_up_linear(
         self,
@@ -260,6 +276,28 @@ class LayerOps:
         attention.store(layer, k, v)
         out.copy_(q)
 
+    def attend(
+        self,
+        qkv: Tensor,
+        norms: HeadNorms,
+        positions: Tensor,
+        attention: Attention,
+        layer: int,
+        q: Tensor,
+        out: Tensor,
+        on_stored: Callable[[int], None],
+    ) -> None:
+        """Do what `rotate_and_store` does, and attend.
+
+        Args:
+            q: memory for the queries, ``[tokens, heads, head_dim]``; what it has afterwards is undefined.
+            out: receives the result, same shape.
+            on_stored: called with ``layer``; see `hbserve.models.decoder.Decoder.forward`.
+        """
+        self.rotate_and_store(qkv, norms, positions, attention, layer, q)
+        on_stored(layer)
+        attention.attend(layer, q, out)
+
     def _norm_projections(self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Apply an RMS norm over the heads of all ranks to q and to k, each ``[tokens, heads, head_dim]``.
 
@@ -284,7 +322,7 @@ class FusedOps(LayerOps):
         rotary = self.rotaries[0]
         assert rotary is not None, "all layers have the same rotary embedding"
         self._rotary = rotary
-        self._norm_rotate_store = fused.norm_rotate_store
+        self._norm_rotate_store, self._embed = fused.norm_rotate_store, fused.embed
         self._norm, self._add_norm_ = fused.rms_norm, fused.add_rms_norm_
         self._activate = fused.silu_and_mul
         self._kernels: dict[type[Linear], LinearKernels] = {PlainLinear: PlainKernels()}
@@ -293,17 +331,26 @@ class FusedOps(LayerOps):
 
             self._kernels[Fp8Linear] = Fp8Kernels()
 
+    def embed(
+        self, given: Tensor, last: Tensor, slots: Tensor, embedding: Tensor, vocab_size: int, scale: float
+    ) -> Tensor:
+        if self.parallel.size > 1:
+            return super().embed(given, last, slots, embedding, vocab_size, scale)
+        return self._embed(given, last, slots, embedding, scale)
+
     def linear(self, x: Rows, layer: Linear, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         few_rows = self._few_rows(layer, x.shape[0]) if isinstance(x, Tensor) else None
         if few_rows is not None:
             return few_rows(layer, x, out=out, has_bias=has_bias)
         return self._kernels[type(layer)].many_rows(layer, x, out, has_bias=has_bias)
 
-    def norm_linear(self, stream: ResidualStream, norm: Tensor | None, layer: Linear) -> Tensor:
+    def norm_linear(
+        self, stream: ResidualStream, norm: Tensor | None, layer: Linear, out: Tensor | None = None
+    ) -> Tensor:
         few_rows = self._few_rows_of(stream, layer)
         if few_rows is not None:
-            return few_rows(layer, stream.total, norm=norm, eps=self.eps)
-        return self.linear(self._norm_for(stream, norm, layer), layer)
+            return few_rows(layer, stream.total, norm=norm, eps=self.eps, out=out)
+        return self.linear(self._norm_for(stream, norm, layer), layer, out)
 
     def norm_up_linear(
         self,
@@ -384,6 +431,25 @@ class FusedOps(LayerOps):
         cache, slots = attention.kv_cache[:, layer], attention.slot_mapping
         scales = None if attention.kv_scales is None else attention.kv_scales[layer]
         self._norm_rotate_store(qkv, cache, norms, positions, slots, self._rotary, self.eps, out, scales)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        norms: HeadNorms,
+        positions: Tensor,
+        attention: Attention,
+        layer: int,
+        q: Tensor,
+        out: Tensor,
+        on_stored: Callable[[int], None],
+    ) -> None:
+        if not attention.transforms_heads:
+            super().attend(qkv, norms, positions, attention, layer, q, out, on_stored)
+            return
+        rotary = self._rotary
+        turn = rotary.inverse_frequencies, rotary.magnitude, rotary.rotated_dim, rotary.is_interleaved
+        attention.attend_transformed(layer, qkv, HeadTransform(norms, self.eps, *turn), out)
+        on_stored(layer)
 
 
 def _group_experts(spec: ModelSpec, parallel: TensorParallel, totals: Tensor | None) -> GroupedExperts | None:

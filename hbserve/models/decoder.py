@@ -23,7 +23,7 @@ from torch import Tensor
 from hbserve.attention.base import Attention
 from hbserve.layers.experts import ExpertWeights
 from hbserve.layers.linear import Linear, PlainLinear
-from hbserve.layers.ops import ResidualStream, select_ops
+from hbserve.layers.ops import HeadNorms, ResidualStream, select_ops
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.model_spec import ModelSpec
 from hbserve.models.schemes import make_linear
@@ -180,11 +180,18 @@ class Decoder:
         """Pass the residual stream through the layers, and yield after each; arguments as those of `forward`."""
         q, attended = (self.heads_buffer(len(positions)) for _ in range(2))
         for index in range(len(self.layers)) if layers is None else layers:
-            self.before_attention(index, stream, positions, attention, q)
-            on_stored(index)
-            attention.attend(index, q, attended)
+            qkv, norms = self._project(index, stream, attention)
+            self._ops.attend(qkv, norms, positions, attention, index, q, attended, on_stored)
             self.after_attention(index, stream, attended, attention)
             yield
+
+    def embed_next(self, given: Tensor, last: Tensor, slots: Tensor) -> ResidualStream:
+        """Start the residual stream with the embeddings of ``given`` tokens, or of what their slots have sampled last.
+
+        Arguments as those of `LayerOps.embed`.
+        """
+        scale = self._embedding_scale
+        return ResidualStream(self._ops.embed(given, last, slots, self.embedding, self.spec.vocab_size, scale))
 
     def embed(self, token_ids: Tensor) -> ResidualStream:
         """Start the residual stream with the tokens' embeddings."""
@@ -199,6 +206,11 @@ class Decoder:
         self, index: int, stream: ResidualStream, positions: Tensor, attention: Attention, q: Tensor
     ) -> None:
         """Compute a layer up to its attention: write queries to ``q``, keys and values to the cache."""
+        qkv, norms = self._project(index, stream, attention)
+        self._ops.rotate_and_store(qkv, norms, positions, attention, index, q)
+
+    def _project(self, index: int, stream: ResidualStream, attention: Attention) -> tuple[Tensor, HeadNorms]:
+        """Compute q, k and v of a layer ``[tokens, (heads + 2 kv heads) * head_dim]``; also return its head norms."""
         layer, ops = self.layers[index], self._ops
         if self.spec.family.is_parallel:
             stream.block_input = ops.norm(stream, layer.attention_in_norm)
@@ -207,8 +219,7 @@ class Decoder:
             qkv = ops.norm_linear(stream, layer.attention_in_norm, layer.qkv)
         if self.taps is not None:  # the norm has added what was pending to the stream
             self.taps.take(index, stream.total, attention.slot_mapping)
-        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
-        ops.rotate_and_store(qkv, norms, positions, attention, index, q)
+        return qkv, None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
 
     def after_attention(self, index: int, stream: ResidualStream, attended: Tensor, attention: Attention) -> None:
         """Compute the rest of a layer: output projection and feed-forward layer, both added to the stream."""
@@ -247,7 +258,16 @@ class Decoder:
 
     def shard_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute logits ``[rows, part]`` of this rank's `vocab_shard`, in ``out`` if given."""
-        logits = self._ops.linear(hidden, PlainLinear(self.lm_head), out)
+        return self._scaled_(self._ops.linear(hidden, PlainLinear(self.lm_head), out))
+
+    def stream_logits(self, stream: ResidualStream, out: Tensor | None = None) -> Tensor:
+        """Compute `shard_logits` of what `finish` returns."""
+        if stream.total.shape[0] > 1:
+            return self.shard_logits(self.finish(stream), out)
+        return self._scaled_(self._ops.norm_linear(stream, self.final_norm, PlainLinear(self.lm_head), out))
+
+    def _scaled_(self, logits: Tensor) -> Tensor:
+        """Apply the factor and the cap of logits, in place."""
         scales = self.spec.scales
         if scales.logits != 1:
             logits.mul_(scales.logits)
