@@ -32,100 +32,14 @@ from hbserve.engine.rounds.device_rounds import DeviceRounds, RoundInputs
 from hbserve.engine.sampler import Sampled, sample
 from hbserve.engine.sampling_batch import samples_of, sampling_arrays, sampling_batch
 from hbserve.engine.sequence_table import UNKNOWN_POSITION, SequenceTable
-from hbserve.engine.staging import to_device
+from hbserve.engine.staging import STEP_FIELDS, StepInputs, to_device
 from hbserve.engine.step_board import StepBoard
 from hbserve.messages.worker import PlanRow
 from hbserve.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
-_ALIGNMENT_BYTES = 16
-_NUM_HOST_BUFFERS = 8
 _FED_BACK = -1
-
-
-@dataclass(frozen=True)
-class _Field:
-    """One input array of a step, at a fixed place in the buffer.
-
-    With ``per_piece`` it has an entry for each piece of attention, not for each row, and is padded already.
-    """
-
-    name: str
-    dtype: type[np.generic]
-    padding: int
-    per_piece: bool = False
-
-
-_FIELDS = (
-    _Field("token_ids", np.int64, 0),
-    _Field("positions", np.int64, 0),
-    _Field("num_stored", np.int64, 0),
-    _Field("slots", np.int64, 0),
-    _Field("slot_mapping", np.int64, -1),
-    _Field("seeds", np.int64, 0),
-    _Field("temperatures", np.float32, 0),
-    _Field("pieces", np.int32, -1, per_piece=True),
-    _Field("first_piece", np.int32, 0),
-    _Field("first_row", np.int32, 0),
-    _Field("chunk_len", np.int32, 1),
-    _Field("indptr", np.int32, 0),
-)
-
-
-class _StepInputs:
-    """The input arrays of a step on the device, and several host copies that are filled in turn.
-
-    The page indices come last, so that one copy of a prefix of the buffer moves only as many as there are.
-    """
-
-    def __init__(self, max_rows: int, max_pieces: int, max_pages: int, device: torch.device) -> None:
-        self._offsets: dict[str, int] = {}
-        end = 0
-        for field in _FIELDS:
-            self._offsets[field.name] = end
-            end += (max_pieces if field.per_piece else max_rows + 1) * np.dtype(field.dtype).itemsize
-            end += -end % _ALIGNMENT_BYTES
-        self._indices_offset = end
-        num_bytes = end + 4 * max_pages
-        self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._host = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(_NUM_HOST_BUFFERS)]
-        self._copied: list[Any] = [torch.cuda.Event() for _ in range(_NUM_HOST_BUFFERS)]  # type: ignore[no-untyped-call]
-        self._turn = self._end = 0
-        self.indices = self._device[self._indices_offset :].view(torch.int32)
-
-    def tensor(self, name: str, size: int) -> torch.Tensor:
-        """Return the first ``size`` entries of an array on the device."""
-        field = next(field for field in _FIELDS if field.name == name)
-        dtype = torch.from_numpy(np.empty(0, field.dtype)).dtype
-        begin = self._offsets[name]
-        return self._device[begin : begin + size * dtype.itemsize].view(dtype)
-
-    def fill(self, arrays: dict[str, npt.NDArray[Any]], indices: npt.NDArray[np.int32], size: int) -> None:
-        """Write a step's arrays, padded to ``size`` rows, into the next host copy."""
-        self._turn = (self._turn + 1) % _NUM_HOST_BUFFERS
-        self._copied[self._turn].synchronize()
-        host = self._host[self._turn].numpy()
-        for field in _FIELDS:
-            begin = self._offsets[field.name]
-            array = arrays[field.name]
-            extra = 1 if field.name in ("indptr", "first_row") else 0
-            entries = len(array) if field.per_piece else size + extra
-            view = host[begin : begin + entries * np.dtype(field.dtype).itemsize].view(field.dtype)
-            view[: len(array)] = array
-            view[len(array) :] = field.padding
-        self._end = self._indices_offset + indices.nbytes
-        host[self._indices_offset : self._end].view(np.int32)[:] = indices
-
-    def fill_in_tokens(self, token_ids: npt.NDArray[np.int64]) -> None:
-        """Overwrite the tokens that `fill` has written."""
-        begin = self._offsets["token_ids"]
-        self._host[self._turn].numpy()[begin : begin + token_ids.nbytes].view(np.int64)[:] = token_ids
-
-    def copy(self) -> None:
-        """Queue the copy to the device of what `fill` has written."""
-        self._device[: self._end].copy_(self._host[self._turn][: self._end], non_blocking=True)
-        self._copied[self._turn].record()
 
 
 @dataclass(frozen=True)
@@ -178,9 +92,10 @@ class DecodeGraphs:
         self.sizes = GraphSizes(sizes, defers)
         max_pages = table.max_num_seqs * table.block_tables.shape[1] + table.max_num_seqs
         device = table.last_token_ids.device
-        self._inputs = _StepInputs(table.max_num_seqs, attention.capacity(table.max_num_seqs), max_pages, device)
+        self._inputs = StepInputs(table.max_num_seqs, attention.capacity(table.max_num_seqs), max_pages, device)
         # All graphs share it: a step reads it, if at all, before the next replay.
         self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.num_logits)
+        self._sample_counters = torch.zeros(table.max_num_seqs, dtype=torch.int32, device=device)
         self._graphs: dict[int, _Graph] = {}
         self._repeatable: _Repeatable | None = None
         self._capture_first(device, defers)
@@ -257,7 +172,7 @@ class DecodeGraphs:
         )
 
     def _copy_padding(self, size: int) -> None:
-        arrays = {field.name: np.empty(0, field.dtype) for field in _FIELDS}
+        arrays = {field.name: np.empty(0, field.dtype) for field in STEP_FIELDS}
         arrays["indptr"] = np.arange(size + 1, dtype=np.int32)
         arrays["slots"] = np.full(size, self._table.padding_slot, np.int64)
         arrays |= _pieces(self._attention, np.ones(size, np.int32), np.zeros(size, np.int64))
@@ -271,22 +186,21 @@ class DecodeGraphs:
         inputs = self._inputs
         slots, given = inputs.tensor("slots", size), inputs.tensor("token_ids", size)
         positions = inputs.tensor("positions", size)
-        last = self._table.last_token_ids
-        is_fed_back = given == _FED_BACK
-        token_ids, sampled_after = torch.where(is_fed_back, last[slots], given), positions
+        last, sampled_after = self._table.last_token_ids, positions
         if self._head is None:
-            stream = self._decoder.embed(token_ids)
+            stream = self._decoder.embed_next(given, last, slots)
             yield from self._decoder.pass_layers(stream, positions, self._attention, layers=layers)
-            hidden = self._decoder.finish(stream)
+            logits = self._decoder.stream_logits(stream, self._logits[:size])
         else:
+            is_fed_back = given == _FED_BACK
+            token_ids = torch.where(is_fed_back, last[slots], given)
             sampled_after = positions + HEAD_LAG
             hidden = self._head.forward(token_ids, positions, self._attention, is_fed_back, slots)
-        logits = self._decoder.shard_logits(hidden, self._logits[:size])
+            logits = self._decoder.shard_logits(hidden, self._logits[:size])
         temperatures, seeds = inputs.tensor("temperatures", size), inputs.tensor("seeds", size)
         parallel, vocab_size = self._decoder.logits_parallel, self._decoder.spec.vocab_size
-        sampled = fast_sample(logits, temperatures, seeds, sampled_after, vocab_size, parallel)
-        last[slots] = sampled
-        return sampled
+        counters = self._sample_counters
+        return fast_sample(logits, temperatures, seeds, sampled_after, slots, last, counters, vocab_size, parallel)
 
     def fits(self, rows: list[PlanRow]) -> bool:
         """Return whether a plan's rows are a decode step that is captured."""
@@ -324,13 +238,14 @@ class DecodeGraphs:
             The sampled tokens in the order of the rows, and the number of logprobs of each sample.
         """
         table = self._table
+        if len(rows) == 1 and rounds == 1 and self._is_lone(rows[0]):
+            return self._launch_lone(rows[0], take_turn, timer)
         samples = samples_of(rows, self._feeds_every_row)
         num_rows = len(samples.rows)
         size = self.sizes.choose(num_rows)
         graph = self._graphs[size]
-        slots = np.array([row.slot for row in rows], np.int64)[samples.rows]
-        row_starts = np.array([row.start for row in rows], np.int64)[samples.rows]
-        ends = np.array([row.start + row.num_tokens for row in rows], np.int64)[samples.rows]
+        places = np.array([(row.slot, row.start, row.start + row.num_tokens) for row in rows], np.int64)
+        slots, row_starts, ends = np.ascontiguousarray(places[samples.rows].T)
         starts = ends - 1 - samples.before_end
         plain = table.plain_sampling[slots] & (starts + 1 >= table.min_end_positions[slots])
         repeats = rounds > 1 and bool(plain.all()) and self._may_repeat(rows, rounds)
@@ -390,6 +305,49 @@ class DecodeGraphs:
         sampled = sample(self._decoder.all_logits(self._logits[:num_rows]), batch)
         table.note_sampled(tensors["slots"], sampled.token_ids, batch.penalties)
         return sampled, num_logprobs
+
+    def _is_lone(self, row: PlanRow) -> bool:
+        """Whether `_launch_lone` can launch a step of nothing but this row."""
+        table, slot = self._table, row.slot
+        is_plain = table.plain_sampling[slot] and row.start + 1 >= table.min_end_positions[slot]
+        has_own_graph = self._head is None and self.sizes.min_captured == 1 and self._attention.needs_no_pieces(1)
+        return bool(is_plain) and has_own_graph and not row.num_drafts and not row.sampled_elsewhere
+
+    def _launch_lone(
+        self, row: PlanRow, take_turn: Callable[[], StepBoard | None], timer: StepTimer
+    ) -> tuple[Sampled, list[int]]:
+        """Launch a step of one row, as `launch` does: the steps of a small model are as short as its work for a batch.
+
+        `hbserve.attention.row_decode` reads no pieces.
+        """
+        table, slot, start = self._table, row.slot, row.start
+        page, offset = divmod(start, self._block_size)
+        assert 0 <= slot < table.max_num_seqs, f"slot {slot} is out of range"
+        assert table.installed[slot], "a slot has no sequence"
+        assert page < table.num_table_blocks[slot], "a position is beyond its blocks"
+        token = _FED_BACK if row.token_ids is None else row.token_ids[0]
+        assert token < table.vocab_size, "a token id is outside the vocabulary"
+        assert token != _FED_BACK or table.next_positions[slot] == start, (
+            "a slot has sampled no token for the position it starts at"
+        )
+        blocks = table.block_tables[slot, : page + 1]
+        values = {
+            "token_ids": token,
+            "positions": start,
+            "num_stored": start,
+            "slots": slot,
+            "slot_mapping": int(blocks[page]) * self._block_size + offset,
+            "seeds": table.seeds[slot],
+            "temperatures": table.temperature[slot],
+        }
+        self._inputs.fill_row(values, blocks)
+        graph = self._graphs[self.sizes.choose(1)]
+        take_turn()
+        timer.start()
+        self._inputs.copy()
+        graph.graph.replay()
+        table.next_positions[slot] = start + 1
+        return Sampled(graph.token_ids, None), [-1]
 
     def launch_chain(self, rows: list[PlanRow], counts: list[int]) -> list[torch.Tensor]:
         """Launch passes of a draft model that follow each other: each reads the token that the one before has sampled.
@@ -534,11 +492,10 @@ def _pad(
     context_lens: npt.NDArray[np.int64], block_tables: npt.NDArray[np.int32], size: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Append rows of one token in block 0 up to ``size`` rows; their results are not used."""
-    extra = size - len(context_lens)
-    return (
-        np.pad(context_lens.astype(np.int32), (0, extra), constant_values=1),
-        np.pad(block_tables, ((0, extra), (0, 0))) if extra else block_tables,
-    )
+    extra, lens = size - len(context_lens), context_lens.astype(np.int32)
+    if not extra:
+        return lens, block_tables
+    return np.pad(lens, (0, extra), constant_values=1), np.pad(block_tables, ((0, extra), (0, 0)))
 
 
 def _pieces(

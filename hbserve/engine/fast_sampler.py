@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.layers.parallel import TensorParallel, vocab_shard
+from hbserve.platform.cuda_driver import overlaps
 
 _BLOCK = 4096
 
@@ -53,35 +55,54 @@ def _noise_kernel(seeds, positions, out, vocab_size, block: tl.constexpr):  # ty
 
 
 @triton.jit
-def _best_of_block_kernel(  # type: ignore[no-untyped-def]
-    logits, temperatures, seeds, positions, best, best_ids, first_id, vocab_size, num_blocks, block: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    ids = part * block + tl.arange(0, block)
-    mask = ids < vocab_size
-    scores = tl.load(logits + row * vocab_size + ids, mask=mask, other=float("-inf")).to(tl.float32)
-    temperature = tl.load(temperatures + row)
-    if temperature > 0:
-        seed = tl.load(seeds + row)
-        position = tl.load(positions + row) + 1  # of the token that is sampled
-        scores = scores / tl.maximum(temperature, 1e-6) + _noise(ids + first_id, seed, position)
-    scores = tl.where(mask, scores, float("-inf"))
-    value, index = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(best + row * num_blocks + part, value)
-    tl.store(best_ids + row * num_blocks + part, first_id + part * block + index)
+def _best_of(best, best_ids, first, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the greatest of ``count`` values, the first of equals, and its id."""
+    parts = tl.arange(0, block)
+    values = tl.load(best + first + parts, mask=parts < count, other=float("-inf"), cache_modifier=".cg")
+    value, index = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    return value, tl.load(best_ids + first + index, cache_modifier=".cg")
 
 
 @triton.jit
-def _best_of_row_kernel(  # type: ignore[no-untyped-def]
-    best, best_ids, out, out_ids, num_blocks, block: tl.constexpr
-):
+def _sample_kernel(  # type: ignore[no-untyped-def]
+    logits, temperatures, seeds, positions, slots,
+    last, out, out_best, best, best_ids, counters,  # written
+    first_id, vocab_size, num_parts,
+    block: tl.constexpr, part_lanes: tl.constexpr, feeds_back: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    ids = part * block + tl.arange(0, block)
+    mask = ids < vocab_size
+    # The noise does not depend on the logits: compute it while the kernel before ends.
+    temperature = tl.load(temperatures + row)
+    divisor = tl.where(temperature > 0, tl.maximum(temperature, 1e-6), 1.0)
+    noise = tl.zeros((block,), tl.float32)
+    if temperature > 0:
+        position = tl.load(positions + row) + 1  # of the token that is sampled
+        noise = _noise(ids + first_id, tl.load(seeds + row), position)
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    scores = tl.load(logits + row * vocab_size + ids, mask=mask, other=float("-inf")).to(tl.float32)
+    scores = tl.where(mask, scores / divisor + noise, float("-inf"))
+    value, index = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(best + row * num_parts + part, value)
+    tl.store(best_ids + row * num_parts + part, first_id + part * block + index)
+    tl.debug_barrier()  # all stores of the program come before its count
+    if tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+        tl.store(counters + row, 0)  # for the next step
+        best_value, token = _best_of(best, best_ids, row * num_parts, num_parts, part_lanes)
+        tl.store(out_best + row, best_value)
+        tl.store(out + row, token.to(out.dtype.element_ty))
+        if feeds_back:
+            tl.store(last + tl.load(slots + row), token.to(tl.int64))
+
+
+@triton.jit
+def _best_of_ranks_kernel(best, best_ids, out, num_ranks, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
-    parts = tl.arange(0, block)
-    values = tl.load(best + row * num_blocks + parts, mask=parts < num_blocks, other=float("-inf"))
-    value, index = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(out + row, value)
-    tl.store(out_ids + row, tl.load(best_ids + row * num_blocks + index).to(out_ids.dtype.element_ty))
+    _, token = _best_of(best, best_ids, row * num_ranks, num_ranks, lanes)
+    tl.store(out + row, token.to(tl.int64))
 
 
 def fast_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -96,6 +117,9 @@ def fast_sample(
     temperatures: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    slots: torch.Tensor,
+    last: torch.Tensor,
+    counters: torch.Tensor,
     vocab_size: int,
     parallel: TensorParallel,
 ) -> torch.Tensor:
@@ -105,6 +129,8 @@ def fast_sample(
         logits: contiguous ``[rows, part]``, of this rank's part of the vocabulary.
         temperatures: float32 ``[rows]``.
         seeds, positions: int64 ``[rows]``; the position of the row's input, one before the sampled token's.
+        slots: int64 ``[rows]``. last: int64 ``[slots]``, gets the sampled tokens.
+        counters: int32, zeros, at least one for each row; zeros again afterwards.
         vocab_size: of all ranks together.
         parallel: the ranks, which exchange only the best token of each rank.
 
@@ -112,26 +138,27 @@ def fast_sample(
         int64 ``[rows]``.
     """
     rows, part = logits.shape
-    num_blocks = triton.cdiv(part, _BLOCK)
-    best = torch.empty(rows, num_blocks, dtype=torch.float32, device=logits.device)
-    best_ids = torch.empty(rows, num_blocks, dtype=torch.int32, device=logits.device)
+    num_parts = triton.cdiv(part, _BLOCK)
+    device, is_alone = logits.device, parallel.size == 1
+    best = torch.empty(rows, num_parts, dtype=torch.float32, device=device)
+    best_ids = torch.empty(rows, num_parts, dtype=torch.int32, device=device)
+    row_best = torch.empty(rows, dtype=torch.float32, device=device)
+    row_ids = torch.empty(rows, dtype=torch.int64 if is_alone else torch.int32, device=device)
     first_id, _ = vocab_shard(vocab_size, parallel.rank, parallel.size)
-    _best_of_block_kernel[(rows, num_blocks)](
-        logits, temperatures, seeds, positions, best, best_ids, first_id, part, num_blocks, _BLOCK, num_warps=8
-    )
-    if parallel.size > 1:
-        best, best_ids = _best_of_row(best, best_ids, torch.int32)
-        best, best_ids = parallel.gather(best[:, None]), parallel.gather(best_ids[:, None])
-    return _best_of_row(best, best_ids, torch.int64)[1]
-
-
-def _best_of_row(best: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the greatest value of each row, the first of equals, and its id."""
+    overlap = overlaps(device)
+    _sample_kernel[(rows, num_parts)](
+        logits, temperatures, seeds, positions, slots, last, row_ids, row_best, best, best_ids, counters,
+        first_id, part, num_parts, _BLOCK, triton.next_power_of_2(num_parts), is_alone, overlap,
+        num_warps=8, launch_pdl=overlap,
+    )  # fmt: skip
+    if is_alone:
+        return row_ids
+    best, best_ids = parallel.gather(row_best[:, None]), parallel.gather(row_ids[:, None])
     assert best.is_contiguous()
-    assert ids.is_contiguous()
-    rows, num_blocks = best.shape
-    out = torch.empty(rows, dtype=torch.float32, device=best.device)
-    out_ids = torch.empty(rows, dtype=dtype, device=best.device)
-    block = triton.next_power_of_2(num_blocks)
-    _best_of_row_kernel[(rows,)](best, ids, out, out_ids, num_blocks, block, num_warps=1)
-    return out, out_ids
+    assert best_ids.is_contiguous()
+    sampled = torch.empty(rows, dtype=torch.int64, device=device)
+    _best_of_ranks_kernel[(rows,)](
+        best, best_ids, sampled, parallel.size, triton.next_power_of_2(parallel.size), num_warps=1
+    )
+    last[slots] = sampled
+    return sampled

@@ -54,6 +54,9 @@ class Samples(NamedTuple):
 
 def samples_of(rows: list[PlanRow], feeds_every_row: bool = False) -> Samples:
     """Return the samples of a plan's rows, in their order."""
+    if not any([row.num_drafts for row in rows]):
+        indices = np.flatnonzero([row.sample for row in rows])
+        return Samples(indices, np.zeros(len(indices), np.int64), np.full(len(indices), _NO_DRAFT), feeds_every_row)
     counts = np.array([row.num_samples for row in rows], np.int64)
     indices = np.repeat(np.arange(len(rows)), counts)
     ends = np.cumsum(counts)

@@ -1,0 +1,158 @@
+"""The kernels of a step of one stream against plain torch, at shapes that no model here has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hbserve.config import from_dict
+from hbserve.engine.model_runner import ModelRunner
+from hbserve.platform import make_platform
+from tests.support.model_zoo import VOCAB_SIZE, save_model
+from tests.support.plan_driver import Driver
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 2**-7
+"""Relative tolerance: two roundings of bfloat16. Both sides sum in float32, but in different orders."""
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(torch.bfloat16)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    spread = expected.float().abs().max().item()
+    torch.testing.assert_close(actual.float(), expected.float(), atol=TOLERANCE * spread, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [1, 2, 65, 640, 4096, 9000])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page", "rotated_dim", "is_interleaved", "has_norm"),
+    [
+        (32, 8, 128, 16, None, False, True),
+        (6, 2, 96, 8, 48, False, True),
+        (8, 1, 64, 256, 32, True, False),
+        (40, 2, 256, 16, None, False, False),
+    ],
+)
+def test_attention_with_the_transform_of_heads(
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page: int,
+    rotated_dim: int | None,
+    is_interleaved: bool,
+    has_norm: bool,
+) -> None:
+    from hbserve.attention.base import HeadTransform
+    from hbserve.attention.row_decode import RowDecode
+    from hbserve.layers.norms import rms_norm
+    from hbserve.layers.rotary import RotaryEmbedding
+    from hbserve.rope_spec import RopeSpec
+
+    rope = RopeSpec(theta=10000.0, magnitude=1.25, rotated_dim=rotated_dim, is_interleaved=is_interleaved)
+    rotary = RotaryEmbedding(rope, head_dim, torch.device("cuda"))
+    norms = (random(head_dim), random(head_dim)) if has_norm else None
+    transform = HeadTransform(
+        norms, 1e-6, rotary.inverse_frequencies, rotary.magnitude, rotary.rotated_dim, rotary.is_interleaved
+    )
+    num_pages, last = -(-length // page), length - 1
+    cache = random(num_pages + 2, 2, 2, page, kv_heads, head_dim)
+    pages = torch.randperm(num_pages + 2, device="cuda")[:num_pages].to(torch.int32)
+    block, offset = int(pages[-1]), last % page
+    cache.view(torch.uint8)[block, :, :, offset:] = 0xFF  # what was never written is no number
+    counters = torch.zeros(kv_heads, dtype=torch.int32, device="cuda")
+    kernel = RowDecode(cache, heads, counters)
+    qkv = random(1, (heads + 2 * kv_heads) * head_dim)
+    position = torch.tensor([last], device="cuda")
+    out = torch.empty(1, heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    before = cache.clone()
+
+    kernel.attend(1, qkv, transform, position, torch.tensor([-1], device="cuda"), pages, out)
+    assert torch.equal(cache.view(torch.uint8), before.view(torch.uint8))  # a padded row is not stored
+    for _ in range(2):  # the first call must leave the counters at zero
+        out.fill_(torch.nan)
+        kernel.attend(1, qkv, transform, position, torch.tensor([block * page + offset], device="cuda"), pages, out)
+
+    q, k, v = qkv.view(1, -1, head_dim).tensor_split([heads, heads + kv_heads], dim=1)
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], 1e-6), rms_norm(k, norms[1], 1e-6)
+    q, k = (rotary.rotate(x, *rotary.angles(position)) for x in (q, k))
+    stored = cache[block, 1, :, offset]
+    assert_close(stored, torch.stack([k[0], v[0]]))
+    before[block, 1, :, offset] = stored
+    assert torch.equal(cache.view(torch.uint8), before.view(torch.uint8))  # nothing else was written
+    keys, values = (cache.float()[pages.long(), 1, part].flatten(0, 1)[:length].transpose(0, 1) for part in (0, 1))
+    expected = F.scaled_dot_product_attention(q[0].view(kv_heads, -1, head_dim).float(), keys, values)
+    assert_close(out[0], expected.reshape(heads, head_dim))
+
+
+@pytest.mark.parametrize("num_rows", [1, 33])
+@pytest.mark.parametrize("vocab_size", [97, 50000])
+def test_sampling_in_one_kernel(num_rows: int, vocab_size: int) -> None:
+    from hbserve.engine.fast_sampler import fast_sample
+    from hbserve.engine.sampler import RandomRows, SamplingBatch, sample
+    from hbserve.layers.parallel import TensorParallel
+
+    logits = random(num_rows, vocab_size)  # in bfloat16 several tokens often have the highest logit
+    temperatures = torch.arange(num_rows, device="cuda") * 0.1
+    seeds = torch.randint(-(1 << 62), 1 << 62, (num_rows,), device="cuda")
+    positions = torch.randint(5000, (num_rows,), device="cuda")
+    slots = torch.randperm(num_rows + 1, device="cuda")[:num_rows]
+    last = torch.full((num_rows + 1,), -7, device="cuda")
+    counters = torch.zeros(num_rows, dtype=torch.int32, device="cuda")
+    rows = torch.arange(1, num_rows, device="cuda")
+    random_rows = RandomRows(
+        rows, seeds[1:], positions[1:] + 1, temperatures[1:], torch.zeros(len(rows), device="cuda")
+    )
+    expected = sample(logits, SamplingBatch(random=random_rows if num_rows > 1 else None)).token_ids
+    for _ in range(2):  # the first call must leave the counters at zero
+        sampled = fast_sample(
+            logits, temperatures, seeds, positions, slots, last, counters, vocab_size, TensorParallel()
+        )
+        assert (sampled == expected).sum() >= num_rows - 1  # the logarithms may differ in their last bit
+        assert torch.equal(last[slots], sampled)
+    assert (last == -7).sum() == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_embeddings_of_tokens_that_are_fed_back(scale: float) -> None:
+    from hbserve.layers import fused
+
+    embedding, last = random(50, 1500), torch.tensor([10, 11, 1 << 40, 13], device="cuda")
+    given, slots = torch.tensor([-1, 5, -1, 49, -1], device="cuda"), torch.tensor([3, 0, 1, 0, 2], device="cuda")
+    expected = embedding[torch.tensor([13, 5, 11, 49, 0], device="cuda")]  # nothing was sampled in slot 2
+    assert torch.equal(fused.embed(given, last, slots, embedding, scale), expected * scale)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3_moe"])
+def test_tokens_of_one_stream_are_the_most_likely(name: str, tmp_path: Path) -> None:
+    """A lone greedy sequence, whose steps are replays of the smallest graph; transformers computes in float32."""
+    model = save_model(tmp_path, name).cuda()
+    section = {"path": str(tmp_path), "device": "cuda", "dtype": "bfloat16"}
+    config = from_dict({"model": section, "performance": {"num_blocks": 200, "max_num_seqs": 2}})
+    platform = make_platform("cuda", gpu_id=0, num_threads=None, num_instances=1)
+    platform.activate()
+    runner = ModelRunner(config, config.gpu_instances[0], platform)
+    runner.kv_blocks.fill_(0xFF)
+    driver = Driver(runner)
+    for slot, length in enumerate((1, 300)):
+        prompt = torch.randint(VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        (output,) = driver.run(driver.add(prompt, 40, slot))
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + output], device="cuda")).logits[0, length - 1 : -1].float()
+        chosen = logits.gather(1, torch.tensor(output, device="cuda")[:, None])[:, 0]
+        behind = (logits.amax(1) - chosen) / logits.std(1)
+        assert (behind < 0.25).float().mean() >= 0.9, behind  # rounding may choose another expert
+        assert len({*output}) > 5, "the model repeats itself"
