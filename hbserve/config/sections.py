@@ -261,8 +261,8 @@ class PerformanceConfig(Section, frozen=True):
         decode_headroom_tokens: tokens per running sequence for which blocks stay free when a new request is admitted.
         placement: choice of the instance for a request: ``least_loaded``; ``fcfs``, the first in the list that has
             room; ``prefix_aware``, the one that has most of the prompt cached, unless its queue is too long.
-        pipeline_depth: maximum of plans in flight per worker. Steps below 2 ms have one more; long steps have one,
-            until shortly before their end.
+        pipeline_depth: maximum of plans in flight per worker. Steps below 3 ms have up to three more; long steps have
+            one, until shortly before their end.
         max_waiting_requests: a longer queue is refused with `OverloadedError` (HTTP 503).
         scheduler: ``package.module:Class``, a subclass of `hbserve.scheduler.scheduler.CpuScheduler`.
     """

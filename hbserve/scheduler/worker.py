@@ -13,8 +13,9 @@ from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.sequence import InflightStep
 from hbserve.speculation.measured_gain import GainMeter
 
-_SHORT_STEP_S = 2e-3
-"""A round trip (result out, scheduling, plan in, launch) takes about 1 ms."""
+_ROUND_TRIP_S = 3e-3
+"""A round trip (result out, scheduling, plan in, launch) takes 1 to 3 ms: its six threads wake one after the other."""
+_MAX_MORE_PLANS = 3
 
 
 @dataclass(slots=True)
@@ -131,8 +132,10 @@ class WorkerHandle:
         return other.ready and other.role is self.role and None not in (self.cell, other.cell)
 
     def pipeline_depth(self, configured: int) -> int:
-        """Return the number of plans to have in flight: one more where a round trip takes longer than a step."""
-        return configured + (0 < self.last_step_s < _SHORT_STEP_S)
+        """Return the number of plans to have in flight: more where a round trip takes longer than a step."""
+        if self.last_step_s <= 0:
+            return configured
+        return configured + min(_MAX_MORE_PLANS, int(_ROUND_TRIP_S / self.last_step_s))
 
     def send(self, command: InstanceCommand) -> None:
         """Send a message. If it does not arrive, the worker's silence shows that."""

@@ -73,3 +73,13 @@ def test_the_ready_ones_follow_losses_roles_and_removals() -> None:
     second.wake()
     assert parts.instances.ready == [first, third]
     assert second not in look_at_all(parts, 0.0)
+
+
+def test_short_steps_have_more_plans_in_flight() -> None:
+    """A round trip takes longer than such a step, and the device must not wait for it."""
+    worker = next(iter(SchedulerParts("unified").instances["unified-0"].workers.values()))
+    depths = []
+    for step_s in (0.0, 0.02, 0.0029, 0.0014, 0.0006, 0.0001):
+        worker.last_step_s = step_s
+        depths.append(worker.pipeline_depth(2))
+    assert depths == [2, 2, 3, 4, 5, 5]
