@@ -34,6 +34,7 @@ _EXPERIMENTS = {
     "kv_tiers": "prompts that are loaded from host memory instead of computed",
     "kv_store": "how fast two instances share blocks through the Mooncake Store, beside its own calls",
     "kv_tier_loads": "loads on a small KV pool, without a host tier and with one",
+    "kv_tier_trace": "parts of a trace with a host tier and without, side by side on one device",
     "kv_tier_bounds": "what a KV tier of a size can be worth at most on a trace",
     "chaos": "killed processes, malformed requests, configurations and model folders, from a seed",
     "speculation": "what drafts bring at a forced acceptance, by batch size",
