@@ -1,6 +1,6 @@
 """Attention of a single row, with all that comes between its projection and its output, as one Triton kernel.
 
-A step of one stream is a chain of short kernels, and each of them takes about 2 µs beside its work. So one kernel norms
+A step of one stream is a chain of short kernels, and each of them takes about 1.5 µs beside its work. So one kernel norms
 and rotates the query and the newest key, stores the newest key and value, attends, and merges the parts::
 
     kernel before    ─────────────────────┐ q, k, v of the newest token
@@ -182,19 +182,13 @@ class RowDecode:
         counters: int32, zeros, at least one for each KV head; zeros again after each call.
     """
 
-    def __init__(
-        self,
-        kv_cache: Tensor,
-        num_heads: int,
-        counters: Tensor,
-        shape: RowShape | None = None,
-    ) -> None:
+    def __init__(self, kv_cache: Tensor, num_heads: int, counters: Tensor) -> None:
         _, _, _, page, num_kv_heads, head_dim = kv_cache.shape
         self._cache, self._counters = kv_cache, counters
         self._page, self._num_kv_heads, self._head_dim = page, num_kv_heads, head_dim
         self._group = num_heads // num_kv_heads
         self._lanes = triton.next_power_of_2(head_dim)
-        self._shape = shape or _shape(self._lanes)
+        self._shape = _shape(self._lanes)
         share = min(1.0, multiprocessors(kv_cache.device) / _SMS_OF_H200)
         self._max_parts = max(1, min(MAX_PARTS, int(_MAX_PROGRAMS * share) // num_kv_heads))
 
