@@ -1,7 +1,7 @@
 """Attention of a single row, with all that comes between its projection and its output, as one Triton kernel.
 
-A step of one stream is a chain of short kernels, and each of them takes about 1.5 µs beside its work. So one kernel norms
-and rotates the query and the newest key, stores the newest key and value, attends, and merges the parts::
+A step of one stream is a chain of short kernels, and each of them takes about 1.5 µs beside its work. So one kernel
+norms and rotates the query and the newest key, stores the newest key and value, attends, and merges the parts::
 
     kernel before    ─────────────────────┐ q, k, v of the newest token
     part 0 .. n - 2  load stored keys     └ norm, rotate q │ attend ───────────────┐
