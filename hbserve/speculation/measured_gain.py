@@ -14,7 +14,8 @@ same tokens would have come without drafts::
             is paid. What was lost between two measurements of T(N) is computed with their mean: a host gets slower and
             faster
 
-So drafts cost about 1 % of the time and `_MAX_DEBT_STEPS` steps at most, for each size of a batch.
+So drafts cost about 1 % of the time and `_MAX_DEBT_STEPS` steps at most, for each size of a batch. A single slow step
+counts little, because a step of a new size may load kernels or capture a graph.
 Runs in the scheduler's process; time is passed in.
 """
 
@@ -42,13 +43,14 @@ _FIRST_GAIN = 1.15
 _MEMORY = 0.95
 """Weight of the past at each interval: about the last twenty say how much of promises is kept."""
 _MEMORY_OF_PLAIN = 0.98
-_MAX_AGE, _MAX_AGE_IF_CLEAR, _CLEAR_GAIN = 128, 512, 1.3
+_MAX_AGE, _MAX_AGE_IF_CLEAR, _CLEAR_GAIN = 64, 256, 1.3
 """Intervals after which plain steps are measured again, and the same where drafts clearly gain."""
 _MIN_WAIT = 64
 """Intervals without drafts after which promises count in full again, if there is no debt."""
 _MAX_KEPT = 1.25
-_MAX_OUTLIER = 3.0
-"""Multiple of the usual time that an interval counts as, at most: a process may have been stopped meanwhile."""
+_MAX_OUTLIER, _MAX_FIRST_OUTLIER, _NUM_FIRST = 2.0, 1.5, 32
+"""Multiple of the time without drafts that an interval counts as, at most, and the same of the first ones with drafts
+of a size: they may load kernels and capture graphs."""
 
 
 class Tried(NamedTuple):
@@ -84,7 +86,7 @@ class _Size:
         settled_s: debt up to the last measurement of plain steps; spent_s, brought_steps: what drafts have taken since
             then, and the plain steps that would have brought the same.
         is_closed: the debt was too much, and is not paid yet.
-        num_waited: intervals without drafts, one after the other.
+        num_waited: intervals without drafts, one after the other; num_drafting: all intervals with drafts.
     """
 
     plain: deque[tuple[float, tuple[float, float]]] = field(default_factory=lambda: deque(maxlen=_MAX_PLAIN))
@@ -102,6 +104,7 @@ class _Size:
     last_plain_s: float = 0.0
     is_closed: bool = False
     num_waited: int = 0
+    num_drafting: int = 0
 
     @property
     def gain(self) -> float:
@@ -121,14 +124,18 @@ class _Size:
         return max(self.settled_s + self.spent_s - self.brought_steps * self.plain_s, 0.0)
 
     def like(self) -> _Size:
-        """Return what is known of another size at first: the same, but it is to be measured soon."""
-        known = self.plain_s, self.plain_work
-        return _Size(deque(maxlen=_MAX_PLAIN), *known, num_due=0, age=_MAX_AGE // 2)
+        """Return what is known of another size at first: the same, without its debt."""
+        known = _Size(deque(maxlen=_MAX_PLAIN), self.plain_s, self.plain_work, num_due=0)
+        known.drafting_s, known.brought_s, known.promised_s = self.drafting_s, self.brought_s, self.promised_s
+        known.expected = self.expected
+        return known
 
     def add_plain(self, seconds: float, work: tuple[float, float]) -> None:
         """Note a plain step."""
-        self.plain.append((min(seconds, _MAX_OUTLIER * self.plain_s) if self.plain_s else seconds, work))
-        self.plain_s = statistics.fmean([seconds for seconds, _ in self.plain])
+        self.plain.append((seconds, work))
+        durations = sorted([seconds for seconds, _ in self.plain])
+        num_dropped = len(durations) // 4  # at each end
+        self.plain_s = statistics.fmean(durations[num_dropped : len(durations) - num_dropped])
         rows, keys = zip(*[work for _, work in self.plain], strict=True)
         self.plain_work = statistics.fmean(rows), statistics.fmean(keys)
         self.num_due, self.age = max(self.num_due - 1, 0), 0
@@ -148,6 +155,7 @@ class _Size:
         """Pay back debt after an interval, and see whether drafts are permitted."""
         self.settled_s = max(self.settled_s - _MAX_LOSS * seconds, 0.0)
         if not self.is_closed and self.debt_s > _MAX_DEBT_STEPS * self.plain_s:
+            self.settled_s, self.spent_s, self.brought_steps = _MAX_DEBT_STEPS * self.plain_s, 0.0, 0.0
             self.is_closed, self.num_due = True, _NUM_PLAIN
         elif not self.debt_s:
             self.is_closed = False
@@ -158,6 +166,7 @@ class _Size:
         self.promised_s = _MEMORY * self.promised_s + gain * seconds
         self.drafting_s = _MEMORY * self.drafting_s + seconds
         self.num_waited = 0
+        self.num_drafting += 1
 
     def add_waiting(self) -> None:
         """Note an interval without drafts."""
@@ -220,16 +229,18 @@ class GainMeter:
         is_plain = tried.is_whole and not tried.has_looked and not tried.gain
         was_plain, self._was_plain = self._was_plain, is_plain
         drafted, self._drafted = self._drafted, tried.gain > 0
-        if is_plain and was_plain and seconds > 0:  # the first one after others may have waited for their results
+        if is_plain and was_plain:  # the first one after others may have waited for their results
             size.add_plain(seconds, (tried.num_sequences, tried.num_keys))
-            self._fit.add((1.0, tried.num_sequences, tried.num_keys), seconds, 1 / seconds)
-            self._fit.sweep()
+            if seconds > 0:
+                self._fit.add((1.0, tried.num_sequences, tried.num_keys), seconds, 1 / seconds)
+                self._fit.sweep()
             size.add_waiting()
             return
-        if not size.plain_s or seconds <= 0:
+        if not size.plain_s:
             return
         plain_s = self._plain_s(size, tried)
-        seconds = min(seconds, _MAX_OUTLIER * plain_s * max(1.0, num_tokens / tried.num_sequences))
+        outlier = _MAX_OUTLIER if size.num_drafting >= _NUM_FIRST else _MAX_FIRST_OUTLIER
+        seconds = min(seconds, outlier * plain_s * max(1.0, num_tokens / tried.num_sequences))
         brought_s = num_tokens / tried.num_sequences * plain_s
         if tried.gain or drafted:
             size.spend(seconds, brought_s)

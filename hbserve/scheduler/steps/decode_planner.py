@@ -22,9 +22,10 @@ _MAX_UNREAD_TOKENS = 2048
 """Tokens that the draft model reads in a step, of all sequences: of a prompt, about a tenth would take as long."""
 _SHORT_READ, _MAX_READ_PER_TOKEN = 16, 16
 """Tokens that the draft model always reads, and how many more for each token that is left of a sequence's output."""
-_SEQUENCES_PER_LOOK = 32
-"""While a batch drafts nothing, the scheduler looks at the guesses of so many sequences a step, in the mean: to look at
-256 would take it longer than to plan the step."""
+_SEQUENCES_PER_LOOK, _MAX_STEPS_PER_LOOK = 4, 8
+"""While a batch drafts nothing, the scheduler looks at the guesses of so many sequences a step, in the mean, but at all
+of them in so many steps. To look at 256 would take it longer than to plan the step; at 32, a twentieth of a short step.
+"""
 _MAX_LEFT_OUT = 0.1
 """Part of the decoding sequences that a step with prompts may leave out while their drafts are verified. The wait for
 their results costs a gap; a step without them costs each of them the time of a step with prompts."""
@@ -109,7 +110,8 @@ class DecodePlanner:
         if not speculating or max_rows <= 0:
             return {}
         assert step.size is not None, "the step knows of its decoding sequences"
-        if step.worker.num_undrafted % max(1, len(speculating) // _SEQUENCES_PER_LOOK):
+        steps_per_look = min(max(1, len(speculating) // _SEQUENCES_PER_LOOK), _MAX_STEPS_PER_LOOK)
+        if step.worker.num_undrafted % steps_per_look:
             return {}
         if not step.worker.gain.may_look(step.size):
             return {}
