@@ -10,6 +10,7 @@ All sizes of memory follow from the number of tokens, so steps can be captured i
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hbserve.layers.expert_routing import Choice, Groups, choose, group_pairs, max_tiles
 from hbserve.layers.expert_rows import Norm, activate, mix_row, scales_of
 from hbserve.layers.experts import ExpertWeights, router_logits
-from hbserve.layers.fp8_experts import Fp8Tiles, fp8_tiles, mix_pairs
+from hbserve.layers.many_experts import ChainedTiles, ScaledTiles, mix_pairs_chained, mix_pairs_scaled
 from hbserve.model_families.declaration import Experts
 from hbserve.platform.cuda_driver import overlaps
 
@@ -48,20 +49,30 @@ _TILES = (
 )
 """By the mean number of pairs of an expert, up to which they are used: from public tunings of such kernels on H200."""
 
-_MANY_PAIRS = _Tiles(128, 256, 64, 8, 4)
+_MANY_PAIRS = ChainedTiles(128, 64, 8, 4)
+
 _MAX_FEW_PAIRS = 16
 """Mean number of pairs of an expert in FP8 up to which inputs stay as they are; more are bound by multiplying."""
+
+_MANY_IN_ROWS = 96, ChainedTiles(128, 128, 8, 4)
+_MANY_IN_BLOCKS = (300, ScaledTiles(64, up=(4, 3), down=(4, 4))), (math.inf, ScaledTiles(128, up=(8, 3), down=(8, 4)))
+"""For FP8 weights with scales of rows, from that mean on; and of blocks, up to these. From sweeps on an H200."""
 
 _FLOAT32 = _Tiles(32, 64, 32, 4, 2)
 
 
-def _tiles(num_pairs: int, experts: Experts, dtype: torch.dtype, weights: ExpertWeights) -> _Tiles | Fp8Tiles:
+def _tiles(
+    num_pairs: int, experts: Experts, dtype: torch.dtype, weights: ExpertWeights
+) -> _Tiles | ScaledTiles | ChainedTiles:
     if dtype == torch.float32:
         return _FLOAT32
     mean = num_pairs / experts.num_experts  # over all experts, since other ranks have their share of the pairs
-    if weights.up_scale is not None and mean > _MAX_FEW_PAIRS:
-        return fp8_tiles(mean, weights.up_scale.dim() == 2)
-    return next((tiles for pairs, tiles in _TILES if mean <= pairs), _MANY_PAIRS)
+    if weights.up_scale is None or mean <= _MAX_FEW_PAIRS:
+        return next((tiles for pairs, tiles in _TILES if mean <= pairs), _MANY_PAIRS)
+    min_in_rows, in_rows = _MANY_IN_ROWS
+    if weights.up_scale.dim() == 1 and mean > min_in_rows:
+        return in_rows
+    return next(tiles for pairs, tiles in _MANY_IN_BLOCKS if mean <= pairs)
 
 
 @triton.jit
@@ -237,8 +248,10 @@ class GroupedExperts:
         # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
         choice = choose(logits, weights.router_bias, self._experts, self._local, slots, totals, self._counts)
         group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
-        if isinstance(memory.tiles, Fp8Tiles):
-            mix_pairs(x, weights, choice, memory.groups, memory.tiles, memory.rows)
+        if isinstance(memory.tiles, ChainedTiles):
+            mix_pairs_chained(x, weights, choice, memory.groups, memory.tiles, memory.rows)
+        elif isinstance(memory.tiles, ScaledTiles):
+            mix_pairs_scaled(x, weights, choice, memory.groups, memory.tiles, memory.rows)
         else:
             self._mix_pairs(x, weights, choice, memory, memory.tiles)
         overlap, num_blocks = overlaps(x.device), triton.cdiv(x.shape[1], _BLOCK_COLUMNS)
@@ -284,5 +297,5 @@ class _GroupMemory(NamedTuple):
 
     groups: Groups
     starts: Tensor
-    tiles: _Tiles | Fp8Tiles
+    tiles: _Tiles | ScaledTiles | ChainedTiles
     rows: Tensor

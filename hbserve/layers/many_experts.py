@@ -1,19 +1,17 @@
-"""Triton kernels for the products of experts that multiply FP8 by FP8, for many tokens.
+"""Triton kernels for the products of experts with many tokens, in two forms.
 
-They compute what `hbserve.layers.grouped_experts` does, on inputs in FP8. Tensor cores multiply FP8 twice as fast as
-bfloat16, and a tile has half the bytes to read. The second matters more, because products of bfloat16 are bound by the
-L2 cache here::
+*Chained*: tiles of 256 columns, added in the tensor cores. Gate and up take turns in one product, so that a tile has
+256 columns and still both of what the activation needs. Such products are bound by the L2 cache, which wide tiles read
+least from::
 
-    bytes of a tile and step   (rows + columns) * 128             (128 + 256) * 128 = 48 KiB
-    FLOPs                      2 * rows * columns * 128           8.4 million: 170 a byte, in bfloat16 85
+    bytes of a tile and step   (rows + columns) * step * itemsize     (128 + 256) * 64 * 2 = 48 KiB
+    FLOPs                      2 * rows * columns * step              4.2 million: 85 a byte, in FP8 170
 
-| weights have scales of | inputs have scales of | products of 128 inputs are |
-|---|---|---|
-| rows | tokens | added in the tensor cores, the sums are scaled: a tile of 256 columns fits into the registers |
-| blocks; also rows, where tokens are few | 128 inputs | scaled, then added in float32 |
+Weights in FP8 with scales of rows have inputs in FP8 with scales of tokens there; the sums are scaled.
 
-In the second case the kernel of gate and up quantises what it has activated, because its 128 columns are one group of
-the inputs of the down projection. In the first, a kernel between the products does.
+*Scaled*: products of 128 inputs in FP8 are scaled, then added in float32, which takes registers that wide tiles lack.
+The weights have scales of blocks, or of rows where a step has fewer tokens; the inputs have one for each 128. The kernel
+of gate and up quantises what it has activated, because its 128 columns are one group of inputs of the down projection.
 """
 
 from __future__ import annotations
@@ -34,34 +32,147 @@ from hbserve.layers.fp8_rows import fp8_groups, fp8_tokens, to_fp8
 from hbserve.platform.cuda_driver import overlaps
 
 
-class Fp8Tiles(NamedTuple):
-    """Launch shapes of both products: rows of a tile; warps and loads in flight of each.
+class ChainedTiles(NamedTuple):
+    """Launch shape of both products: rows of a tile, step of the inner sum, warps, loads in flight."""
 
-    Attributes:
-        is_chained: the inputs' rows have one scale, as those of the weights, so that sums are scaled and not products.
+    rows: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _chained_up_kernel(  # type: ignore[no-untyped-def]
+    x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
+    size: tl.constexpr, rows: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr, has_scales: tl.constexpr,
+    overlap: tl.constexpr,
+):  # fmt: skip
+    """Compute 128 columns of ``silu(gate) * up`` for one tile of pairs: gate and up take turns in one product."""
+    tile, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    if tile < tl.load(num_tiles):
+        expert = tl.load(tile_experts + tile).to(tl.int64)
+        row = tile * rows + tl.arange(0, rows)
+        in_rows = row < tl.load(ends + expert)
+        pair = tl.load(pairs + row, mask=in_rows, other=0)
+        token = (pair // num_chosen).to(tl.int64)
+        lanes, turns = tl.arange(0, step), tl.arange(0, 256)
+        inputs = x + token[:, None] * size + lanes[None, :]
+        first = expert * 2 * num_columns
+        matrix_row = first + tl.minimum(block * 128 + turns // 2, num_columns - 1) + (turns % 2) * num_columns
+        places = weight + matrix_row[None, :] * size + lanes[:, None]
+        total = tl.zeros([rows, 256], tl.float32)
+        for begin in range(0, size, step):
+            if size % step == 0:
+                values = tl.load(inputs + begin)
+                matrix = tl.load(places + begin)
+            else:
+                in_size = begin + lanes < size
+                values = tl.load(inputs + begin, mask=in_size[None, :], other=0.0)
+                matrix = tl.load(places + begin, mask=in_size[:, None], other=0.0)
+            total = tl.dot(values, matrix, total)
+        gate, up = tl.split(tl.reshape(total, [rows, 128, 2]))
+        column = block * 128 + tl.arange(0, 128)
+        in_columns = column < num_columns
+        if has_scales:
+            steps, gate_row = tl.load(x_scale + token)[:, None], first + column
+            gate *= steps * tl.load(scale + gate_row // scale_rows, mask=in_columns, other=0.0)[None, :]
+            up_row = gate_row + num_columns
+            up *= steps * tl.load(scale + up_row // scale_rows, mask=in_columns, other=0.0)[None, :]
+        target = out + pair.to(tl.int64)[:, None] * num_columns + column[None, :]
+        tl.store(target, activate(gate, up, out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def _chained_down_kernel(  # type: ignore[no-untyped-def]
+    x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
+    size: tl.constexpr, rows: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr, has_scales: tl.constexpr,
+    overlap: tl.constexpr,
+):  # fmt: skip
+    """Compute 256 weighted columns of the down projection for one tile of pairs."""
+    tile, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    if tile < tl.load(num_tiles):
+        expert = tl.load(tile_experts + tile).to(tl.int64)
+        row = tile * rows + tl.arange(0, rows)
+        in_rows = row < tl.load(ends + expert)
+        pair = tl.load(pairs + row, mask=in_rows, other=0).to(tl.int64)
+        lanes = tl.arange(0, step)
+        inputs = x + pair[:, None] * size + lanes[None, :]
+        column = block * 256 + tl.arange(0, 256)
+        in_columns = column < num_columns
+        matrix_row = expert * num_columns + tl.minimum(column, num_columns - 1)
+        places = weight + matrix_row[None, :] * size + lanes[:, None]
+        total = tl.zeros([rows, 256], tl.float32)
+        for begin in range(0, size, step):
+            if size % step == 0:
+                values = tl.load(inputs + begin)
+                matrix = tl.load(places + begin)
+            else:
+                in_size = begin + lanes < size
+                values = tl.load(inputs + begin, mask=in_size[None, :], other=0.0)
+                matrix = tl.load(places + begin, mask=in_size[:, None], other=0.0)
+            total = tl.dot(values, matrix, total)
+        share = tl.load(weights + pair, mask=in_rows, other=0.0).to(tl.float32)
+        if has_scales:
+            share *= tl.load(x_scale + pair, mask=in_rows, other=0.0)
+            total *= tl.load(scale + matrix_row // scale_rows)[None, :]
+        total *= share[:, None]
+        target = out + pair[:, None] * num_columns + column[None, :]
+        tl.store(target, total.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+def mix_pairs_chained(
+    x: Tensor, weights: ExpertWeights, choice: Choice, groups: Groups, tiles: ChainedTiles, out: Tensor
+) -> None:
+    """Compute a weighted row for each pair of a token and an expert.
+
+    Args:
+        x: ``[tokens, hidden]``.
+        weights: unquantised, or in FP8 with scales of rows.
+        groups: pairs in tiles of ``tiles.rows`` rows.
+        out: ``[pairs, hidden]``.
     """
+    hidden, inner, overlap = x.shape[1], weights.down.shape[1], overlaps(x.device)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "launch_pdl": overlap}
+    up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
+    has_scales, num_blocks = up.num_scales > 0, triton.cdiv(inner, 128)
+    pairs = x.new_empty(out.shape[0], inner)
+    values, scales = _inputs(x, has_scales)
+    _chained_up_kernel[(len(groups.tile_experts) * num_blocks,)](
+        values, scales, weights.up, up.scale, *groups, pairs, inner, choice.experts.shape[1], num_blocks,
+        hidden, tiles.rows, tiles.step, up.block_rows, has_scales, overlap, **options,
+    )  # fmt: skip
+    values, scales = _inputs(pairs, has_scales)
+    num_blocks = triton.cdiv(hidden, 256)
+    _chained_down_kernel[(len(groups.tile_experts) * num_blocks,)](
+        values, scales, weights.down, down.scale, *groups, choice.weights, out, hidden, num_blocks,
+        inner, tiles.rows, tiles.step, down.block_rows, has_scales, overlap, **options,
+    )  # fmt: skip
+
+
+def _inputs(x: Tensor, is_quantised: bool) -> tuple[Tensor, Tensor]:
+    """Return rows as a product reads them, and their scales; plain rows have none."""
+    if not is_quantised:
+        return x, x
+    rows = fp8_tokens(x)
+    return rows.values, rows.scales
+
+
+class ScaledTiles(NamedTuple):
+    """Launch shapes of both products: rows of a tile; warps and loads in flight of each."""
 
     rows: int
     up: tuple[int, int]
     down: tuple[int, int]
-    is_chained: bool = False
-
-
-def fp8_tiles(pairs_per_expert: float, has_blocks: bool) -> Fp8Tiles:
-    """Choose the tiles by the mean number of pairs of an expert; from sweeps on an H200, with 32 to 512 pairs.
-
-    Args:
-        has_blocks: the weights have scales of blocks, not of rows.
-    """
-    if pairs_per_expert > 96 and not has_blocks:
-        return Fp8Tiles(128, up=(8, 4), down=(8, 4), is_chained=True)
-    if pairs_per_expert > 300:
-        return Fp8Tiles(128, up=(8, 3), down=(8, 4))
-    return Fp8Tiles(64, up=(4, 3), down=(4, 4))
 
 
 @triton.jit
-def _up_kernel(  # type: ignore[no-untyped-def]
+def _scaled_up_kernel(  # type: ignore[no-untyped-def]
     x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, out, out_scale, num_columns, num_chosen,
     num_blocks, size: tl.constexpr, rows: tl.constexpr, scale_rows: tl.constexpr, num_scales: tl.constexpr,
     has_equal_scales: tl.constexpr, dtype: tl.constexpr, overlap: tl.constexpr,
@@ -127,7 +238,7 @@ def _up_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _down_kernel(  # type: ignore[no-untyped-def]
+def _scaled_down_kernel(  # type: ignore[no-untyped-def]
     x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, scale_rows: tl.constexpr, num_scales: tl.constexpr,
     has_equal_scales: tl.constexpr, overlap: tl.constexpr,
@@ -176,86 +287,9 @@ def _down_kernel(  # type: ignore[no-untyped-def]
         tl.store(target, total.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
 
 
-@triton.jit
-def _up_chained_kernel(  # type: ignore[no-untyped-def]
-    x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
-    size: tl.constexpr, rows: tl.constexpr, scale_rows: tl.constexpr, overlap: tl.constexpr,
-):  # fmt: skip
-    """Compute 128 columns of ``silu(gate) * up`` for one tile of pairs: gate and up take turns in one product."""
-    tile, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
-    if overlap:
-        gdc_wait()
-        gdc_launch_dependents()
-    if tile < tl.load(num_tiles):
-        expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tile * rows + tl.arange(0, rows)
-        in_rows = row < tl.load(ends + expert)
-        pair = tl.load(pairs + row, mask=in_rows, other=0)
-        token = (pair // num_chosen).to(tl.int64)
-        lanes, turns = tl.arange(0, 128), tl.arange(0, 256)
-        inputs = x + token[:, None] * size + lanes[None, :]
-        first = expert * 2 * num_columns
-        matrix_row = first + tl.minimum(block * 128 + turns // 2, num_columns - 1) + (turns % 2) * num_columns
-        places = weight + matrix_row[None, :] * size + lanes[:, None]
-        total = tl.zeros([rows, 256], tl.float32)
-        for begin in range(0, size, 128):
-            if size % 128 == 0:
-                values = tl.load(inputs + begin)
-                matrix = tl.load(places + begin)
-            else:
-                in_size = begin + lanes < size
-                values = tl.load(inputs + begin, mask=in_size[None, :], other=0.0)
-                matrix = tl.load(places + begin, mask=in_size[:, None], other=0.0)
-            total = tl.dot(values, matrix, total)
-        gate, up = tl.split(tl.reshape(total, [rows, 128, 2]))
-        column = block * 128 + lanes
-        in_columns = column < num_columns
-        steps = tl.load(x_scale + token)[:, None]
-        gate *= steps * tl.load(scale + (first + column) // scale_rows, mask=in_columns, other=0.0)[None, :]
-        up *= steps * tl.load(scale + (first + num_columns + column) // scale_rows, mask=in_columns, other=0.0)[None, :]
-        target = out + pair.to(tl.int64)[:, None] * num_columns + column[None, :]
-        tl.store(target, activate(gate, up, out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
-
-
-@triton.jit
-def _down_chained_kernel(  # type: ignore[no-untyped-def]
-    x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
-    size: tl.constexpr, rows: tl.constexpr, scale_rows: tl.constexpr, overlap: tl.constexpr,
-):  # fmt: skip
-    """Compute 256 weighted columns of the down projection for one tile of pairs."""
-    tile, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
-    if overlap:
-        gdc_wait()
-        gdc_launch_dependents()
-    if tile < tl.load(num_tiles):
-        expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tile * rows + tl.arange(0, rows)
-        in_rows = row < tl.load(ends + expert)
-        pair = tl.load(pairs + row, mask=in_rows, other=0).to(tl.int64)
-        lanes = tl.arange(0, 128)
-        inputs = x + pair[:, None] * size + lanes[None, :]
-        column = block * 256 + tl.arange(0, 256)
-        in_columns = column < num_columns
-        matrix_row = expert * num_columns + tl.minimum(column, num_columns - 1)
-        places = weight + matrix_row[None, :] * size + lanes[:, None]
-        total = tl.zeros([rows, 256], tl.float32)
-        for begin in range(0, size, 128):
-            if size % 128 == 0:
-                values = tl.load(inputs + begin)
-                matrix = tl.load(places + begin)
-            else:
-                in_size = begin + lanes < size
-                values = tl.load(inputs + begin, mask=in_size[None, :], other=0.0)
-                matrix = tl.load(places + begin, mask=in_size[:, None], other=0.0)
-            total = tl.dot(values, matrix, total)
-        share = tl.load(weights + pair, mask=in_rows, other=0.0).to(tl.float32)
-        share *= tl.load(x_scale + pair, mask=in_rows, other=0.0)
-        total *= share[:, None] * tl.load(scale + matrix_row // scale_rows)[None, :]
-        target = out + pair[:, None] * num_columns + column[None, :]
-        tl.store(target, total.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
-
-
-def mix_pairs(x: Tensor, weights: ExpertWeights, choice: Choice, groups: Groups, tiles: Fp8Tiles, out: Tensor) -> None:
+def mix_pairs_scaled(
+    x: Tensor, weights: ExpertWeights, choice: Choice, groups: Groups, tiles: ScaledTiles, out: Tensor
+) -> None:
     """Compute a weighted row for each pair of a token and an expert.
 
     Args:
@@ -264,60 +298,20 @@ def mix_pairs(x: Tensor, weights: ExpertWeights, choice: Choice, groups: Groups,
         groups: pairs in tiles of ``tiles.rows`` rows.
         out: ``[pairs, hidden]``.
     """
-    mix = _mix_chained if tiles.is_chained else _mix_scaled
     up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
-    mix(x, weights, up, down, choice, groups, tiles, out)
-
-
-def _mix_chained(
-    x: Tensor,
-    weights: ExpertWeights,
-    up: Scales,
-    down: Scales,
-    choice: Choice,
-    groups: Groups,
-    tiles: Fp8Tiles,
-    out: Tensor,
-) -> None:
-    """Add products in the tensor cores, and scale the sums: a scale for each row of weights, and for each input row."""
-    hidden, inner, overlap = x.shape[1], weights.down.shape[1], overlaps(x.device)
-    rows, num_blocks, (warps, stages) = fp8_tokens(x), triton.cdiv(inner, 128), tiles.up
-    pairs = x.new_empty(out.shape[0], inner)
-    _up_chained_kernel[(len(groups.tile_experts) * num_blocks,)](
-        rows.values, rows.scales, weights.up, up.scale, *groups, pairs, inner, choice.experts.shape[1], num_blocks,
-        hidden, tiles.rows, up.block_rows, overlap, num_warps=warps, num_stages=stages, launch_pdl=overlap,
-    )  # fmt: skip
-    rows, num_blocks, (warps, stages) = fp8_tokens(pairs), triton.cdiv(hidden, 256), tiles.down
-    _down_chained_kernel[(len(groups.tile_experts) * num_blocks,)](
-        rows.values, rows.scales, weights.down, down.scale, *groups, choice.weights, out, hidden, num_blocks,
-        inner, tiles.rows, down.block_rows, overlap, num_warps=warps, num_stages=stages, launch_pdl=overlap,
-    )  # fmt: skip
-
-
-def _mix_scaled(
-    x: Tensor,
-    weights: ExpertWeights,
-    up: Scales,
-    down: Scales,
-    choice: Choice,
-    groups: Groups,
-    tiles: Fp8Tiles,
-    out: Tensor,
-) -> None:
-    """Scale each product of 128 inputs before it is added."""
     hidden, inner, overlap = x.shape[1], weights.down.shape[1], overlaps(x.device)
     num_tiles, num_groups = len(groups.tile_experts), triton.cdiv(inner, 128)
     values = torch.empty(out.shape[0], inner, dtype=FP8, device=x.device)
     scales = torch.empty(out.shape[0], num_groups, dtype=torch.float32, device=x.device)
     rows, (warps, stages) = fp8_groups(x), tiles.up
     dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
-    _up_kernel[(num_tiles * num_groups,)](
+    _scaled_up_kernel[(num_tiles * num_groups,)](
         rows.values, rows.scales, weights.up, up.scale, *groups, values, scales, inner, choice.experts.shape[1],
         num_groups, hidden, tiles.rows, up.block_rows, up.num_scales, _are_equal(up, inner), dtype, overlap,
         num_warps=warps, num_stages=stages, launch_pdl=overlap,
     )  # fmt: skip
     num_blocks, (warps, stages) = triton.cdiv(hidden, 128), tiles.down
-    _down_kernel[(num_tiles * num_blocks,)](
+    _scaled_down_kernel[(num_tiles * num_blocks,)](
         values, scales, weights.down, down.scale, *groups, choice.weights, out, hidden, num_blocks,
         inner, tiles.rows, down.block_rows, down.num_scales, _are_equal(down, hidden), overlap,
         num_warps=warps, num_stages=stages, launch_pdl=overlap,
