@@ -10,8 +10,9 @@ least from::
 Weights in FP8 with scales of rows have inputs in FP8 with scales of tokens there; the sums are scaled.
 
 *Scaled*: products of 128 inputs in FP8 are scaled, then added in float32, which takes registers that wide tiles lack.
-The weights have scales of blocks, or of rows where a step has fewer tokens; the inputs have one for each 128. The kernel
-of gate and up quantises what it has activated, because its 128 columns are one group of inputs of the down projection.
+The weights have scales of blocks, or of rows where a step has fewer tokens; the inputs have one for each 128. The
+kernel of gate and up quantises what it has activated, because its 128 columns are one group of inputs of the down
+projection.
 """
 
 from __future__ import annotations
