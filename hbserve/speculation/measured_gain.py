@@ -45,6 +45,7 @@ _MEMORY = 0.95
 _MEMORY_OF_PLAIN = 0.98
 _MAX_AGE, _MAX_AGE_IF_CLEAR, _CLEAR_GAIN = 64, 256, 1.3
 """Intervals after which plain steps are measured again, and the same where drafts clearly gain."""
+_MIN_PLAIN_S = 1e-6
 _MIN_WAIT = 64
 """Intervals without drafts after which promises count in full again, if there is no debt."""
 _MAX_KEPT = 1.25
@@ -135,7 +136,8 @@ class _Size:
         self.plain.append((seconds, work))
         durations = sorted([seconds for seconds, _ in self.plain])
         num_dropped = len(durations) // 4  # at each end
-        self.plain_s = statistics.fmean(durations[num_dropped : len(durations) - num_dropped])
+        # results that come together have no time between them
+        self.plain_s = max(statistics.fmean(durations[num_dropped : len(durations) - num_dropped]), _MIN_PLAIN_S)
         rows, keys = zip(*[work for _, work in self.plain], strict=True)
         self.plain_work = statistics.fmean(rows), statistics.fmean(keys)
         self.num_due, self.age = max(self.num_due - 1, 0), 0

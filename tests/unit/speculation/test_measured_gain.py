@@ -119,6 +119,14 @@ def test_a_try_is_made_again_some_time_after_a_failure() -> None:
     assert world.num_drafting > 1000
 
 
+def test_results_that_come_together_take_no_time() -> None:
+    meter, size = GainMeter(), GainMeter.size_of(4, False)
+    for _ in range(200):
+        meter.on_planned(1.0, was_idle=False)
+        meter.on_result(1.0, Tried(size, 4, 100, meter.may_look(size)), 4)
+    assert meter.may_look(size)
+
+
 def test_steps_after_an_idle_time_or_with_prompts_do_not_count() -> None:
     meter, now, size = GainMeter(), 0.0, GainMeter.size_of(4, False)
     for number in range(20):
