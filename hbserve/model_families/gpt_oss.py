@@ -29,5 +29,5 @@ GPT_OSS = Family(
     stacked_experts=("experts.gate_up_proj", "experts.down_proj"),
     has_expert_biases=True,
     keys=("num_local_experts", "num_experts", "num_experts_per_tok"),
-    fixed={"swiglu_limit": (7.0,), "swiglu_alpha": (1.702, None)},
+    fixed={"swiglu_limit": (7.0, None), "swiglu_alpha": (1.702, None)},
 )

@@ -111,6 +111,11 @@ class ChildProcess:
         return self._latest_start
 
     @property
+    def has_started(self) -> bool:
+        """Whether the process was started: before that it has no id. It may have ended since."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int:
         """Process id."""
         assert self._process is not None, "start() comes first"

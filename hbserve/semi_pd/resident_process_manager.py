@@ -341,7 +341,7 @@ class ResidentProcessManager:
         process, status = self._process, self._status
         return {
             "resident_process": None
-            if process is None
+            if process is None or not process.has_started
             else {"pid": process.pid, "is_alive": process.is_alive(), "silence_s": time.monotonic() - self._last_seen},
             "is_ready": "attachment" in status,
             "device": self.device,

@@ -35,6 +35,7 @@ import demo_language as language  # noqa: E402
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
 SETTINGS: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "num_blocks": 4096, "log_level": "WARNING"}
+EAGER = {"scheduler": "tests.support.eager_drafts:EagerDrafts"}
 
 
 def recall(count: int) -> list[language.Question]:
@@ -119,7 +120,7 @@ def test_predictions_change_no_token(has_graphs: bool) -> None:
         for index in range(40)
     ]
     rng = random.Random(1)
-    with LLM(DEMO, mode="unified", cuda_graph_enabled=has_graphs, **SETTINGS) as llm:
+    with LLM(DEMO, mode="unified", cuda_graph_enabled=has_graphs, **EAGER, **SETTINGS) as llm:
         messages = [question.messages for question in questions]
         plain = llm.chat(messages, sampling, use_tqdm=False)
         predicted = [

