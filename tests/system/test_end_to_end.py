@@ -69,7 +69,7 @@ def test_fp8_answers_are_right_in_every_mode(name: str) -> None:
     rng = random.Random(5)
     questions = [language.copy_question(rng, 14) for _ in range(6)]
     questions += [language.recall_question(rng, num_pairs) for num_pairs in (3, 20, 30)]
-    settings = SETTINGS | {"num_blocks": 20, "max_model_len": 256, "decode_headroom_tokens": 0}
+    settings = SETTINGS | {"num_blocks": 18, "max_model_len": 256, "decode_headroom_tokens": 0}
     with LLM(DEMO, **settings, **FP8_SYSTEMS[name]) as llm:
         assert share_right(llm, questions) == 1
         for manager in llm.supervisors.values():

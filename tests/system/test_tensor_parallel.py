@@ -129,8 +129,9 @@ def test_seeded_sampling_equals_that_of_one_rank(llm: LLM, of_one_rank: list[Any
 def test_transfers_count_the_bytes_of_all_ranks(llm: LLM) -> None:
     stats = llm.get_system_stats()
     for instance in stats["gpu_instances"].values():
-        # 3 layers, keys and values, 16 tokens, one head of 32 floats on each of two ranks
-        assert instance["kv_blocks"]["block_bytes"] == 3 * 2 * 16 * 32 * 4 * 2
+        # 3 layers, keys and values, 16 tokens, one head of 32 floats on each of two ranks; a head has one layer more
+        num_layers = 4 if instance["role"] == "unified" else 3
+        assert instance["kv_blocks"]["block_bytes"] == num_layers * 2 * 16 * 32 * 4 * 2
     before = sum(link["bytes"] for link in stats["kv_transfer"]["links"].values())
     llm.generate(random_prompt(40, seed=77), GREEDY, use_tqdm=False)
     stats = llm.get_system_stats()
