@@ -193,7 +193,7 @@ class GainMeter:
 
     @staticmethod
     def size_of(num_sequences: int, is_shared: bool) -> tuple[int, bool]:
-        """Return the size that a batch counts as; two sizes differ by a factor of two, or in who shares the device."""
+        """Return the size under which a batch is counted: its power of two, and whether others share the device."""
         return num_sequences.bit_length(), is_shared
 
     def may_look(self, size: tuple[int, bool]) -> bool:
