@@ -1,23 +1,19 @@
-"""FP8 beside bfloat16 on one GPU: a table of products, decode attention, and an engine's rates, in one run each.
+"""FP8 beside bfloat16 in kernels on one GPU: products and decode attention.
 
-`python -m benchmarks fp8 kernels` prints GB/s of weights and TFLOP/s of each matrix of an 8B model by the number of
-rows, and the bandwidth of decode attention. `python -m benchmarks fp8 engine` starts one engine after the other and
-prints tokens per second of one stream, of prompts, and of a batch. Weights are random; `--json` keeps the numbers.
+It prints GB/s of weights and TFLOP/s of each matrix of an 8B model by the number of rows, and the bandwidth of decode
+attention. Weights are random; `--json` keeps the numbers. `benchmarks.fp8_engine` has whole engines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from hbserve.bench.arguments import find_model
 
 _SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 """Outputs and inputs of Qwen3-8B's matrices."""
@@ -134,57 +130,13 @@ def _decode_attention(num_rows: int, context: int) -> dict[str, Any]:
     return found
 
 
-def _engine(model: Path, chosen: list[str], out: Path | None) -> None:
-    from hbserve import LLM, SamplingParams
-
-    found: dict[str, Any] = {}
-    loads = {"one stream": (1, 512, 256), "prefill 8 x 4096": (8, 4096, 1), "batch 256": (256, 512, 64)}
-    kinds: dict[str, dict[str, Any]] = {
-        "bf16": {},
-        "fp8": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
-    }
-    for kind in chosen:
-        options = kinds[kind]
-        started = time.perf_counter()
-        settings: dict[str, Any] = {
-            "mode": "unified",
-            "load_format": "dummy",
-            "log_level": "ERROR",
-            "max_model_len": 8192,
-        }
-        settings |= {"memory_fraction": 0.5, "max_num_batched_tokens": 16384}
-        with LLM(str(model), **settings, **options) as llm:
-            print(f"{kind}: ready after {time.perf_counter() - started:.1f} s", flush=True)
-            for name, (num_seqs, input_len, output_len) in loads.items():
-                best = 0.0
-                for attempt in range(2):
-                    tokens = torch.randint(1, 10_000, (num_seqs, input_len)).tolist()
-                    sampling = SamplingParams(temperature=0.6, seed=attempt, max_tokens=output_len, ignore_eos=True)
-                    began = time.perf_counter()
-                    llm.generate(tokens, sampling, use_tqdm=False)
-                    count = num_seqs * (output_len if output_len > 1 else input_len)
-                    best = max(best, count / (time.perf_counter() - began))
-                found[f"{name} {kind}"] = best
-                print(f"{name:18} {kind:5} {best:10.1f} tok/s", flush=True)
-                _write(found, out)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this experiment."""
-    parser.add_argument("what", choices=["kernels", "engine"])
-    parser.add_argument("--model", default="qwen3-8b", help="a model folder, or a shape under configs/models")
-    parser.add_argument("--engines", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run one of the two measurements."""
-    if arguments.what == "kernels":
-        _write(_kernels(), arguments.json)
-    else:
-        _engine(find_model(arguments.model), arguments.engines, arguments.json)
-
-
-def _write(found: dict[str, Any], out: Path | None) -> None:
-    if out is not None:
-        out.write_text(json.dumps(found, indent=2) + "\n")
+    """Measure, print, and write the JSON file."""
+    found = _kernels()
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")

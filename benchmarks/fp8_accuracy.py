@@ -1,6 +1,8 @@
 """What FP8 costs in accuracy: perplexity of a model on the repository's own pages, and errors by layer, on a CPU.
 
 The text is README.md and docs/*.md, cut into windows. Products and sums are in float32: nothing but FP8 differs.
+A change of perplexity is given with its standard error over tokens. Divergence is that of the next token's
+distribution (Kullback and Leibler), in percent of a nat.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hbserve.attention import AttentionBatch
@@ -100,6 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     windows = torch.split(token_ids, arguments.window)
     models = {kind: _Model(folder, options) for kind, options in _KINDS.items()}
     losses: dict[str, list[Tensor]] = {kind: [] for kind in _KINDS}
+    divergences: dict[str, list[Tensor]] = {kind: [] for kind in _KINDS}
     errors: dict[str, list[float]] = {}
     for number, window in enumerate(windows):
         began = time.perf_counter()
@@ -107,19 +111,25 @@ def run(arguments: argparse.Namespace) -> None:
         for kind, model in models.items():
             found = exact if kind == "none" else list(model.layers(window))
             losses[kind].append(-found[-1][:-1].gather(1, window[1:, None])[:, 0])
+            divergences[kind].append(F.kl_div(found[-1], exact[-1], reduction="none", log_target=True).sum(1))
             if number == 0:
                 errors[kind] = [_relative(x, y) for x, y in zip(found[:-1], exact[:-1], strict=True)]
         so_far = " ".join(f"{kind} {math.exp(torch.cat(parts).mean().item()):.4f}" for kind, parts in losses.items())
         print(f"window {number + 1} of {len(windows)}: {time.perf_counter() - began:.0f} s; {so_far}", flush=True)
     results: dict[str, Any] = {"tokens": len(token_ids), "window": arguments.window, "layer_errors": errors}
-    all_losses = {kind: torch.cat(parts) for kind, parts in losses.items()}
-    plain = math.exp(all_losses["none"].mean().item())
-    print(f"\n{'FP8':10} {'perplexity':>10} {'change':>8} {'RMS of log-probabilities':>25}")
-    for kind, values in all_losses.items():
-        perplexity = math.exp(values.mean().item())
-        rms = (values - all_losses["none"]).square().mean().sqrt().item()
-        results[kind] = {"perplexity": perplexity, "log_probability_rms": rms}
-        print(f"{kind:10} {perplexity:10.3f} {perplexity / plain - 1:8.2%} {rms:25.4f}")
+    plain = torch.cat(losses["none"])
+    print(f"\n{'FP8':10} {'perplexity':>10} {'change':>16} {'RMS of log-probabilities':>25} {'divergence':>10}")
+    for kind in _KINDS:
+        change = torch.cat(losses[kind]) - plain
+        results[kind] = {
+            "perplexity": math.exp((plain + change).mean().item()),
+            "change": math.exp(change.mean().item()) - 1,
+            "change_standard_error": (change.std() / math.sqrt(len(change))).item(),
+            "log_probability_rms": change.square().mean().sqrt().item(),
+            "divergence": torch.cat(divergences[kind]).mean().item(),
+        }
+        perplexity, relative, deviation, rms, divergence = results[kind].values()
+        print(f"{kind:10} {perplexity:10.3f} {relative:8.2%} ± {deviation:.2%} {rms:25.4f} {divergence:10.2%}")
     print(f"\n{'after layer':>11} " + " ".join(f"{kind:>8}" for kind in list(_KINDS)[1:]))
     for layer in range(len(errors["none"])):
         print(f"{layer:11} " + " ".join(f"{errors[kind][layer]:8.2%}" for kind in list(_KINDS)[1:]))

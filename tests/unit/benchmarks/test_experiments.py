@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import compare, handover, scheduler, scheduler_kills, transfer
+from benchmarks import compare, fp8_engine, handover, scheduler, scheduler_kills, transfer
 from benchmarks.compared import ComparedSystem, can_share_instances, loads_of
 from benchmarks.stream_load import StreamLoad
 from hbserve.bench.request_record import RequestTargets
@@ -183,3 +183,18 @@ def test_the_cost_of_the_schedulers_core_is_measured(capsys: pytest.CaptureFixtu
         size, step, plan, result = map(float, line.split())
         assert size == batch
         assert 0 < plan + result < step
+
+
+@pytest.mark.slow
+def test_fp8_engines_are_measured_beside_their_floor(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3", max_position_embeddings=2048)
+    parser = argparse.ArgumentParser()
+    fp8_engine.add_arguments(parser)
+    command = f"""--model {tmp_path} --device cpu --engines fp8 --batches one-stream --repeats 1 --num-blocks 100
+        --json {tmp_path / "out"}"""
+    fp8_engine.run(parser.parse_args(command.split()))
+    found = json.loads((tmp_path / "out").read_text())["engines"]["fp8"]
+    assert found["kv_tokens"] == 1600
+    batch = found["batches"]["one-stream"]
+    assert (batch["runs"][0]["num_prompt_tokens"], batch["runs"][0]["num_output_tokens"]) == (512, 256)
+    assert 0 < batch["median"]["floor_share"] < 1
