@@ -12,7 +12,8 @@ A block is in one of five states. `TRANSITIONS` lists all legal changes, which t
                                └───────────────────────┼─────┘
                                                        └─────► owned   allocate: evicted if no block is free
 
-- *owned*: at least one owner has the block in its block table. An owner is one attempt of a request.
+- *owned*: at least one owner has the block in its block table. An owner is one attempt of a request, or a copy of
+  sealed blocks to a KV tier (`BlockPool.hold`).
 - *sealed*: owned, full, computed and immutable. Owners with equal prefixes share the block; it counts its owners.
 - *pending*: every owner has been freed, but a *pin* of one of them is left. A pin is a step or transfer in flight
   that may still touch the owner's blocks.
@@ -315,6 +316,21 @@ class BlockPool:
             self._owners[block] += 1
         self._holdings.setdefault(target, _Holding()).block_ids += shared
         return shared
+
+    def hold(self, holder: str, hashes: Sequence[bytes]) -> list[int]:
+        """Make a copy out of the pool an owner of sealed blocks, so that they keep their contents; return their ids.
+
+        Args:
+            holder: new.
+            hashes: contents that the pool has.
+        """
+        blocks = self.allocate_blocks(holder, len(hashes), prefix_hashes=hashes)
+        assert blocks is not None, "the pool has these contents"
+        return blocks
+
+    def let_go(self, holder: str) -> None:
+        """End a `hold`."""
+        self._free_now(holder, self._holdings[holder])
 
     # --- blocks that are being computed ------------------------------------------------------------
 

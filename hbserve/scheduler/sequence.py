@@ -250,7 +250,7 @@ class KVAllocation:
         self.pool.unpin(self.owner)
 
     def begin_copy(self) -> None:
-        """Pin the blocks for a copy to or from a KV tier."""
+        """Pin the blocks for a copy from a KV tier."""
         self.pool.pin(self.owner)
 
     def end_copy(self) -> None:

@@ -209,7 +209,7 @@ class StepResults(RequestPhases):
             for index in range(allocation.num_sealed, full):
                 allocation.pool.seal_block(allocation.owner, index, hashes[index])
             instance = self._instances[allocation.instance_id]
-            self.tiers.offer(instance, allocation, hashes[allocation.num_sealed : full], allocation.num_sealed)
+            self.tiers.offer(instance, hashes[allocation.num_sealed : full])
             allocation.num_sealed = full
 
     def _join_load(self, sequence: Sequence, allocation: KVAllocation) -> None:

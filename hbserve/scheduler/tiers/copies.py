@@ -1,6 +1,7 @@
 """Copies between instances and KV tiers, from their beginning to their end.
 
-A copy pins the blocks of its owner until the worker has answered, or its process has ended.
+A load pins the blocks of its sequence, and a store shares those that it copies, until the worker has answered, or its
+process has ended.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from hbserve.kv_cache.block_pool import BlockPool
 from hbserve.kv_cache.tier_directory import TierEntry
 from hbserve.messages.tiers import TierResult
 from hbserve.scheduler.core_io import Clock
@@ -49,6 +51,18 @@ class KVLoad:
         return self.first_block + next((n for n, is_sound in enumerate(self.sound) if not is_sound), len(self.sound))
 
 
+@dataclass(frozen=True, slots=True)
+class HeldBlocks:
+    """Sealed blocks that a store job copies; requests may own them, too, or have ended."""
+
+    pool: BlockPool
+    holder: str
+
+    def end_copy(self) -> None:
+        """Let them go: the copy can touch them no more."""
+        self.pool.let_go(self.holder)
+
+
 @dataclass(eq=False, slots=True)
 class Copy:
     """One copy under way. ``load``: None: it stores."""
@@ -57,7 +71,7 @@ class Copy:
     worker: WorkerHandle
     tier: Tier
     entries: list[TierEntry]
-    allocations: list[KVAllocation]
+    blocks: KVAllocation | HeldBlocks
     block_bytes: int
     load: KVLoad | None = None
     first_block: int = 0
@@ -164,8 +178,7 @@ class Copies:
             if num_bytes:
                 rate = result.seconds / num_bytes
                 tier.s_per_byte += (_RATE if tier.s_per_byte else 1.0) * (rate - tier.s_per_byte)
-        for allocation in job.allocations:
-            allocation.end_copy()
+        job.blocks.end_copy()
         job.instance.wake()
         if load is None:
             return None

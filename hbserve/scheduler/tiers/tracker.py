@@ -86,13 +86,10 @@ class KVTiers:
 
     # --- storing ---------------------------------------------------------------------------------
 
-    def offer(self, instance: InstanceHandle, allocation: KVAllocation, keys: Items[bytes], first: int) -> None:
-        """Store blocks that were just sealed, from block ``first`` of the allocation's table on, where they are absent.
-
-        They leave with the next `dispatch`.
-        """
+    def offer(self, instance: InstanceHandle, keys: Items[bytes]) -> None:
+        """Store contents that were just sealed, where they are absent. They leave with a later `dispatch`."""
         for tier in self._usable(instance):
-            self._stores.offer(instance, tier, allocation, keys, first)
+            self._stores.offer(instance, tier, keys)
 
     def dispatch(self) -> None:
         """Send offered blocks on their way, as many as may be under way at a time."""
@@ -159,7 +156,7 @@ class KVTiers:
                 tier.directory.begin_load(entry)
             tier.directory.touch(entry.key for entry in reversed(entries))
             allocation.begin_copy()
-            job = Copy(instance, worker, tier, entries, [allocation], instance.hello.block_bytes, load, run.first)
+            job = Copy(instance, worker, tier, entries, allocation, instance.hello.block_bytes, load, run.first)
             tier.loading_bytes += len(entries) * job.block_bytes
             job_id = self._copies.begin(job)
             worker.send(

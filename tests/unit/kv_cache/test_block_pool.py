@@ -486,3 +486,19 @@ def test_prefix_caching_can_be_off() -> None:
     pool.seal_block("a", 0, hashes_of([1] * 4)[0])
     pool.free("a")
     assert pool.count_cached_prefix(hashes_of([1] * 4)) == 0
+
+
+def test_blocks_that_a_copy_holds_keep_their_contents_after_their_request() -> None:
+    pool = BlockPool(4, BLOCK_SIZE)
+    hashes = hashes_of([1] * 3 * BLOCK_SIZE)
+    pool.allocate_blocks("request", 3)
+    for index, block_hash in enumerate(hashes):
+        pool.seal_block("request", index, block_hash)
+    assert pool.hold("copy", hashes[1:]) == [1, 2]
+    pool.free("request")
+    assert pool.allocate_blocks("other", 3) is None
+    assert pool.allocate_blocks("other", 2) == [3, 0]
+    pool.check_consistency()
+    pool.let_go("copy")
+    assert pool.num_cached_blocks == 2
+    pool.check_consistency()

@@ -38,7 +38,7 @@ class System:
         self.lookups: list[FindBlocks] = []
         self.plans: list[StepPlan] = []
         self.outputs: list[RequestOutput] = []
-        self.is_paused = False
+        self.is_paused = self.stores_at_once = False
         self._withheld: list[FromWorker] = []
         self._num_blocks = num_blocks
         self._num_requests = 0
@@ -74,6 +74,10 @@ class System:
                 self._withheld += results
                 results = []
             inbox = list(results)
+            if self.stores_at_once:
+                stores = [copy for copy in self.copies if isinstance(copy, StoreBlocks)]
+                self.copies = self.loads()
+                inbox += [FromWorker(1, self._end_of(store)) for store in stores]
             self.scheduler._requests.tiers.check_consistency()
             if not inbox:
                 return
@@ -99,20 +103,17 @@ class System:
     def answer(self, copy: TierCommand, failures: dict[int, str] | None = None, seconds: float = 0.001) -> None:
         """The worker reports the end of a copy."""
         self.copies.remove(copy)
-        checksums = [] if isinstance(copy, LoadBlocks) else [[hash(key)] for key in copy.keys]
-        self.step(
-            FromWorker(
-                1,
-                TierResult(
-                    epoch=self.epoch,
-                    job_id=copy.job_id,
-                    failures=failures or {},
-                    error="bad" if failures else None,
-                    checksums=checksums,
-                    num_bytes=len(copy.slots) << 20,
-                    seconds=seconds,
-                ),
-            )
+        self.step(FromWorker(1, self._end_of(copy, failures, seconds)))
+
+    def _end_of(self, copy: TierCommand, failures: dict[int, str] | None = None, seconds: float = 0.001) -> TierResult:
+        return TierResult(
+            epoch=self.epoch,
+            job_id=copy.job_id,
+            failures=failures or {},
+            error="bad" if failures else None,
+            checksums=[] if isinstance(copy, LoadBlocks) else [[hash(key)] for key in copy.keys],
+            num_bytes=len(copy.slots) << 20,
+            seconds=seconds,
         )
 
     def answer_all(self) -> None:
@@ -149,13 +150,13 @@ class System:
         return self.scheduler.instances["unified-0"].pool.num_free_blocks
 
 
-def test_sealed_blocks_are_stored_once_and_pinned_until_they_are() -> None:
+def test_sealed_blocks_are_stored_once_and_held_until_they_are() -> None:
     system = System()
     system.ask(PROMPT)
     [store] = system.copies
     assert isinstance(store, StoreBlocks)
     assert (store.slots, len(set(store.keys))) == ([0, 1, 2, 3], 4)
-    assert system.num_free == 8 - 5  # the request has ended, its blocks are pending
+    assert system.num_free == 8 - 4  # the request has ended
     system.answer(store)
     assert system.num_free == 8
     system.ask(PROMPT)
@@ -170,7 +171,7 @@ def test_a_few_sealed_blocks_wait_for_others() -> None:
     withheld, system._withheld = system._withheld, []
     system.step(*withheld)
     assert not system.copies  # two blocks of 1 MiB
-    system.step(seconds=0.03)
+    system.step(seconds=system.scheduler._clock.next_call - system.now)
     [store] = system.copies
     assert len(store.keys) == 2
 
@@ -265,7 +266,7 @@ def test_what_a_lost_instance_had_computed_is_loaded() -> None:
 def test_what_a_preempted_request_had_computed_is_loaded() -> None:
     system = System(num_blocks=9)
     system.scheduler._requests.tiers._compute_s = lambda tokens, start: math.inf
-    system.is_paused = True
+    system.is_paused = system.stores_at_once = True
     system.ask([*range(1, 41)], max_tokens=72)
     system.ask([*range(101, 141)], max_tokens=72)
     system.go_on()
@@ -364,3 +365,17 @@ def test_blocks_that_wait_for_a_tier_that_fails_are_let_go() -> None:
     system.answer(system.copies[0])
     assert not system.copies
     assert system.num_free == 64
+
+
+def test_blocks_that_wait_for_a_slow_tier_make_room_for_requests() -> None:
+    system = System(num_blocks=32)
+    for number in range(4):
+        system.ask([*range(100 * number, 100 * number + 70)])
+    assert len(system.copies) == 2  # with four blocks each; eight more wait
+    assert system.num_free == 32 - 8
+    system.ask([*range(400, 776)])  # which needs all the others
+    assert system.outputs[-1].finish_reason == "length"
+    while system.copies:
+        system.answer_all()
+    assert (system.stats["stored_blocks"], system.stats["skipped_blocks"]) == (8 + 23, 8)
+    assert system.num_free == 32
