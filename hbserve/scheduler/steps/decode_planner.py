@@ -61,10 +61,18 @@ class DecodePlanner:
         """
         decoding = self.decoding(step, instance, allocations)[:max_rows]
         step.num_decoding += len(decoding)
-        step.decoding_keys += sum([allocation.num_planned for _, allocation in decoding])
         if step.size is None:
             step.size = GainMeter.size_of(len(decoding), step.is_shared)
-        drafts = self._choose_drafts(step, instance, decoding, max_rounds_s) if may_draft else _not_without(decoding)
+        speculating = [item for item in decoding if item[0].speculator is not None]
+        drafts: dict[Sequence, Draft | None] | None = {}
+        step.decoding_keys += sum([allocation.num_planned for _, allocation in decoding])
+        if speculating:
+            step.speculates = True
+            drafts = (
+                self._choose_drafts(step, instance, decoding, speculating, max_rounds_s)
+                if may_draft
+                else _not_without(decoding)
+            )
         if drafts is None:
             return False
         step.worker.num_undrafted = 0 if drafts else step.worker.num_undrafted + 1
@@ -95,9 +103,13 @@ class DecodePlanner:
         step: StepBuilder,
         instance: InstanceHandle,
         decoding: Allocations,
+        speculating: Allocations,
         max_rounds_s: float,
     ) -> dict[Sequence, Draft | None] | None:
         """Choose which sequences get a draft in this step, and which wait for one.
+
+        Args:
+            speculating: those of the decoding sequences that have a speculator.
 
         Returns:
             Its draft for each sequence that gets one, and None for each that is left out until its last token is known.
@@ -105,9 +117,8 @@ class DecodePlanner:
         """
         candidates, sequences = [], []
         usually_unread = MAX_DRAFT_TOKENS if instance.has_eagle_head else 1  # after a draft
-        speculating = [item for item in decoding if item[0].speculator is not None]
         max_rows = min(self._max_rows, self._max_num_batched_tokens) - step.num_tokens - len(decoding)
-        if not speculating or max_rows <= 0:
+        if max_rows <= 0:
             return {}
         assert step.size is not None, "the step knows of its decoding sequences"
         steps_per_look = min(max(1, len(speculating) // _SEQUENCES_PER_LOOK), _MAX_STEPS_PER_LOOK)

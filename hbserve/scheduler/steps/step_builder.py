@@ -48,7 +48,8 @@ class StepBuilder:
         self.rounds = 1
         self.size: tuple[int, bool] | None = None
         self.num_decoding = self.decoding_keys = 0
-        self.has_looked, self.gain = False, 0.0
+        self.speculates = self.has_looked = False
+        self.gain = 0.0
         self._unread: list[int] | None = None
         self.num_scores: list[int] = []
         self.prefill_rows = 0
@@ -64,9 +65,10 @@ class StepBuilder:
 
     @property
     def tried(self) -> Tried | None:
-        """How its drafts were chosen; None: it has prompts, or no decode rows."""
-        if self.prefill_rows or self.size is None or not self.num_decoding:
+        """How its drafts were chosen; None: it has prompts, or nothing guesses the tokens of any sequence."""
+        if self.prefill_rows or not self.speculates:
             return None
+        assert self.size is not None, "it was set with the first decoding sequences"
         is_whole = len(self.rows) == self.num_decoding
         return Tried(self.size, self.num_decoding, self.decoding_keys, self.has_looked, self.gain, is_whole)
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from hbserve import SamplingParams
+from hbserve.messages.client import AddRequest
 from hbserve.speculation.measured_gain import GainMeter, Tried
+from tests.support.scheduler_parts import SchedulerParts
 
 GAP_S = 0.7e-3
 
@@ -137,3 +140,14 @@ def test_steps_after_an_idle_time_or_with_prompts_do_not_count() -> None:
             meter.on_planned(now, was_idle=True)
             meter.on_result(now + 0.001, Tried(size, 4, 100), 4)
     assert not meter.may_look(size)
+
+
+def test_only_steps_of_sequences_with_drafters_are_measured() -> None:
+    for predicted in (None, [7, 7, 8]):
+        parts = SchedulerParts()
+        request = AddRequest("a", [1] * 20, [], SamplingParams(max_tokens=50), predicted_token_ids=predicted)
+        assert parts.requests.admit(parts.add_request(request))
+        parts.steps(1)  # its prompt
+        assert parts.plan()
+        tried = parts.worker.inflight[-1].tried
+        assert (tried is not None) == (predicted is not None)
