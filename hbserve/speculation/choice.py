@@ -70,7 +70,7 @@ class Choice(NamedTuple):
     """The way to go on, and how many draft tokens each candidate gets, in their order.
 
     Attributes:
-        gain: factor on tokens per second that the drafts promise; 1: there are none.
+        gain: factor on tokens per second that the drafts promise, late sequences' like all others; 1: there are none.
     """
 
     way: Way
@@ -114,7 +114,7 @@ def choose(
         # a row must bring at least what the step brings in the same time; drafts make that more (Dinkelbach 1967)
         rate = _MIN_GAIN * max(num_rows / step_s, num_whole / (drafted_s + gap_s))
         worths = [rate * cost_s for cost_s in costs]
-        lengths, num_expected = _lengths(candidates, acceptances, worths, max_rows)
+        lengths, num_expected, num_worth = _lengths(candidates, acceptances, worths, max_rows)
         num_drafting = sum(length > 0 for length in lengths)
         pairs = zip(candidates, lengths, strict=True)
         num_passes = max((length for candidate, length in pairs if candidate.draft.num_to_draft), default=0)
@@ -130,8 +130,8 @@ def choose(
     ) + _MORE_FOR_PASSES * draft_s * num_passes / drafted_s
     ways = {
         Way.PLAIN: num_rows / step_s,
-        Way.SPLIT: (2 * num_others + num_expected / min_gain) / (step_s + drafted_s) if num_others else 0.0,
-        Way.WHOLE: num_whole / min_gain / (drafted_s + gap_s),
+        Way.SPLIT: (2 * num_others + num_worth / min_gain) / (step_s + drafted_s) if num_others else 0.0,
+        Way.WHOLE: (num_others + num_worth) / min_gain / (drafted_s + gap_s),
     }
     way = max(ways, key=lambda way: ways[way])
     if way is Way.PLAIN:
@@ -160,10 +160,11 @@ def _shrunk(records: Items[Record]) -> list[float]:
 
 def _lengths(
     candidates: Items[Candidate], acceptances: Items[float], worths: Items[float], max_rows: int
-) -> tuple[list[int], float]:
-    """Return each candidate's number of draft tokens, and the tokens that those with any are expected to bring.
+) -> tuple[list[int], float, float]:
+    """Return each candidate's number of draft tokens, the tokens that those with any are expected to bring, and the
+    same as what they are worth, where each one after the first of a late sequence counts double.
 
-    More than one expected token of a late sequence counts double. The i-th token of a draft gets a row if its first i
+    The i-th token of a draft gets a row if its first i
     tokens are all right with a higher probability than the candidate's worth. Where rows are short, late sequences
     get theirs first, then the most probable tokens.
 
@@ -183,8 +184,10 @@ def _lengths(
     if len(offers) > max_rows:
         offers = sorted(offers, reverse=True)[: max(max_rows, 0)]
     lengths = [0] * len(candidates)
-    num_expected = 0.0
+    num_expected = num_worth = 0.0
     for is_late, probability, index in offers:
-        num_expected += (probability / _LATE_WORTH if is_late else probability) + (not lengths[index])
+        is_first = not lengths[index]
+        num_expected += probability + is_first
+        num_worth += (probability / _LATE_WORTH if is_late else probability) + is_first
         lengths[index] += 1
-    return lengths, num_expected
+    return lengths, num_expected, num_worth

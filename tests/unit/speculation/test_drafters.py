@@ -239,6 +239,14 @@ def test_a_late_sequence_tries_more() -> None:
     assert lengths[1] > lengths[0]
 
 
+def test_what_drafts_promise_counts_tokens_of_late_sequences_once() -> None:
+    """The promise is compared with the time that passes (`measured_gain`), which knows of no targets."""
+    alone, cheap = StepWork(1, 100), predictor(4.0, 0.02)
+    late = candidate()._replace(is_late=True)
+    choices = [choose([item], alone, cheap, gap_s=0.001, max_rows=100) for item in (candidate(), late)]
+    assert choices[0] == choices[1]
+
+
 def test_a_draft_model_is_used_where_its_passes_pay() -> None:
     cheap = predictor(4.0, 0.02)
     of_model = candidate(acceptance=0.9)
