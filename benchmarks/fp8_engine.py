@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         options = shared | _OPTIONS[name]
         spec = ModelSpec.load(model, options.get("quantization"), options.get("kv_cache_dtype", "auto"))
         dtype = str(spec.dtype).removeprefix("torch.")
-        limits = device_limits.measure(options.get("device", "auto"), dtype if spec.weight_format is None else "fp8")
+        limits = device_limits.measure(options.get("device", "auto"), "fp8" if name == "fp8" else dtype)
         cost = ModelCost(spec, spec.dtype.itemsize)
         num_ranks = int(options.get("tensor_parallel_size", 1))
         results: dict[str, Any] = {"device": dataclasses.asdict(limits), "batches": {}}

@@ -25,6 +25,7 @@ from hbserve.weight_format import (
     KV_SCALE_NAMES,
     Fp8Format,
     Fp8KV,
+    check_kv_scheme,
     has_mxfp4_experts,
     on_load,
     read_weight_format,
@@ -190,6 +191,10 @@ class ModelSpec:
                 # Errors of the last feed-forward layer reach the logits at full size (docs/quantization.md). Inputs of
                 # experts are not quantised where they are few, so their errors are smaller.
                 weight_format = on_load(*([] if spec.experts else [f"model.layers.{spec.num_layers - 1}.{family.mlp}"]))
+            elif weight_format is not None and _has_quantised_head(folder):
+                weight_format = replace(weight_format, has_head=True)
+            if kv_dtype == "fp8":
+                check_kv_scheme(document)
             return replace(
                 spec,
                 weight_format=weight_format,
@@ -389,6 +394,15 @@ def _has_tied_head(config: Any, folder: Path) -> bool:
         return have_equal_bytes(tensors[EMBEDDING], tensors[LM_HEAD])
     except (ModelError, OSError):
         return True
+
+
+def _has_quantised_head(folder: Path) -> bool:
+    """Whether the LM head has scales; files that cannot be read are left to the loader."""
+    try:
+        tensors = checkpoint_tensors(folder)
+    except (ModelError, OSError):
+        return False
+    return any(f"{LM_HEAD}{suffix}" in tensors for suffix in ("_scale", "_scale_inv"))
 
 
 def _kv_format(folder: Path) -> Fp8KV:

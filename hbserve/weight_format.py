@@ -5,19 +5,20 @@ Supported are FP8 weights (e4m3, Micikevicius et al. 2022) in the layouts that p
 | ``quant_method`` | scales of weights | activations |
 |---|---|---|
 | ``fp8`` | blocks of 128 x 128 (``weight_scale_inv``), per tensor (``weight_scale``) | dynamic, static |
-| ``compressed-tensors`` | blocks of 128 x 128, per channel, per tensor (``weight_scale``) | dynamic, static |
+| ``compressed-tensors`` | blocks of 128 x 128, per channel, per tensor (``weight_scale``) | dynamic, static, none |
 | ``modelopt`` | per tensor, per channel (``weight_scale``) | static; dynamic where per channel |
-| ``fbgemm_fp8`` | per channel (``weight_scale``) | dynamic |
+| ``fbgemm_fp8`` | per channel (``weight_scale``) | dynamic, with an upper bound |
 
-Experts in MXFP4 are widened while they are loaded (`hbserve.models.mxfp4_experts`). Everything else is refused by its
-name. Nothing here needs torch.
+``none``: activations stay as they are, and weights are widened to the serving dtype while they are loaded. So are
+experts in MXFP4 (`hbserve.models.mxfp4_experts`). Everything else is refused by its name. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hbserve.errors import ModelError
@@ -32,14 +33,15 @@ _SUPPORTED = (
     "compressed-tensors (per tensor, per channel, or blocks of 128 x 128), modelopt (per tensor, per channel) and "
     "fbgemm_fp8"
 )
-_MAX_PATTERN_LENGTH, _MAX_REPEATS, _MAX_NAMES = 200, 4, 100_000
+_MAX_PATTERN_LENGTH, _MAX_REPEATS, _MAX_NAMES, _MAX_GROUPS = 200, 4, 100_000, 16
+_GROUP_FORMATS = ("float-quantized", "naive-quantized", None)
 
 Granularity = Literal["tensor", "channel", "block"]
 
 
 @dataclass(frozen=True)
 class Fp8Format:
-    """FP8 weights of the matrices between the embedding and the LM head, which stay as they are.
+    """FP8 weights of the matrices between the embedding and the LM head.
 
     Attributes:
         granularity: what has one scale in the checkpoint: a matrix, one of its rows, or a block.
@@ -50,6 +52,11 @@ class Fp8Format:
             ``re:``.
         targets: the only modules that are quantised, in the same form; empty: all linear layers.
         is_on_load: the checkpoint is not quantised; HBServe quantises while it loads.
+        is_widened: the matrices are FP8 in the checkpoint only, and are widened to the serving dtype while they are
+            loaded.
+        has_head: the LM head is FP8 in the checkpoint, too; it is always widened.
+        max_input: bound of inputs, larger ones are clipped to it; None: there is none.
+        others: formats of the modules that are not among the targets; the first that has a module is the module's.
     """
 
     granularity: Granularity
@@ -58,10 +65,45 @@ class Fp8Format:
     plain_modules: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     is_on_load: bool = False
+    is_widened: bool = False
+    has_head: bool = False
+    max_input: float | None = None
+    others: tuple[Fp8Format, ...] = ()
+
+    def of(self, module: str) -> Fp8Format | None:
+        """Return the format of a linear layer's weights in the checkpoint; None: they are not quantised.
+
+        Args:
+            module: its name, such as ``model.layers.0.mlp.up_proj``.
+        """
+        if _is_among(self.plain_modules, module):
+            return None
+        formats = (self, *self.others)
+        return next((own for own in formats if not own.targets or _is_among(own.targets, module)), None)
 
     def converts(self, module: str) -> bool:
-        """Return whether a linear layer has FP8 weights, by its name, such as ``model.layers.0.mlp.up_proj``."""
-        return not _is_among(self.plain_modules, module) and (not self.targets or _is_among(self.targets, module))
+        """Return whether a linear layer has FP8 weights when it computes."""
+        own = self.of(module)
+        return own is not None and not own.is_widened
+
+    @property
+    def computes(self) -> bool:
+        """Whether any linear layer has FP8 weights when it computes."""
+        return not all(own.is_widened for own in (self, *self.others))
+
+    @property
+    def name(self) -> str:
+        """What has one scale, as in ``channel``; of several formats all, as in ``block+tensor``."""
+        return "+".join(sorted({own.granularity for own in (self, *self.others) if not own.is_widened}))
+
+    @property
+    def has_input_scales(self) -> bool:
+        """Whether the checkpoint has scales of inputs."""
+        return any(own.is_static for own in (self, *self.others))
+
+    def with_own_inputs(self) -> Fp8Format:
+        """Return the format without scales of inputs in the checkpoint."""
+        return replace(self, is_static=False, others=tuple(own.with_own_inputs() for own in self.others))
 
 
 def _is_among(names: tuple[str, ...], module: str) -> bool:
@@ -99,9 +141,13 @@ KV_SCALE_NAMES = (
     ("self_attn.k_scale", "self_attn.v_scale"),
     ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),
     ("self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale"),
+    ("self_attn.qkv_proj.k_scale", "self_attn.qkv_proj.v_scale"),
     ("self_attn.kv_scale", "self_attn.kv_scale"),
 )
 """Names that checkpoints have for the scales of KV; the last is that of both."""
+
+QUERY_SCALE_NAMES = ("self_attn.q_scale", "self_attn.q_proj.output_scale", "self_attn.prob_output_scale")
+"""Names of scales of what is never in FP8 here: queries, and the weights of attention."""
 
 
 def on_load(*plain_modules: str) -> Fp8Format:
@@ -133,12 +179,25 @@ def read_weight_format(document: dict[str, Any]) -> Fp8Format | None:
     if method == "modelopt":
         return _read_modelopt(config)
     if method == "fbgemm_fp8":
-        # Its activation_scale_ub clips large inputs for the sake of small ones. Here none are clipped: FP8 is as exact
-        # for small numbers as for large ones.
-        return Fp8Format("channel", plain_modules=_plain_modules(config, "modules_to_not_convert"))
+        return _read_fbgemm(config)
     if method == "mxfp4":
         return None
     raise ModelError(f"the checkpoint is quantised by quant_method {shown(method)}; {_SUPPORTED}")
+
+
+def check_kv_scheme(document: dict[str, Any]) -> None:
+    """Check that the scales of KV in a checkpoint, if it says that it has any, are those of FP8.
+
+    Raises:
+        ModelError: they are not.
+    """
+    config = document.get("quantization_config") or document.get("compression_config")
+    scheme = config.get("kv_cache_scheme") if isinstance(config, dict) else None
+    if scheme:
+        if not isinstance(scheme, dict):
+            raise ModelError(f"kv_cache_scheme must be an object, got {shown(scheme)}")
+        _expect(scheme, "kv_cache_scheme", "num_bits", 8)
+        _expect(scheme, "kv_cache_scheme", "type", "float")
 
 
 def has_mxfp4_experts(document: dict[str, Any]) -> bool:
@@ -164,45 +223,65 @@ def _read_fp8(config: dict[str, Any]) -> Fp8Format:
 
 def _read_compressed_tensors(config: dict[str, Any]) -> Fp8Format:
     method = "compressed-tensors"
-    _expect(config, method, "format", "float-quantized", "naive-quantized", None)
+    _expect(config, method, "format", "mixed-precision", *_GROUP_FORMATS)
     sparsity = config.get("sparsity_config") or {}
     if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
         raise ModelError(f"{method}: sparse weights (sparsity_config) are not supported; {_SUPPORTED}")
     if config.get("transform_config"):
         raise ModelError(f"{method}: transforms of weights (transform_config) are not supported; {_SUPPORTED}")
     groups = config.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        raise ModelError(f"{method}: config_groups must be an object with one group, got {shown(groups)}; {_SUPPORTED}")
-    (group,) = groups.values()
+    if not isinstance(groups, dict) or not 1 <= len(groups) <= _MAX_GROUPS:
+        raise ModelError(f"{method}: config_groups must be an object of groups, got {shown(groups)}; {_SUPPORTED}")
+    # A module that a group names is of that group; the others, those of class Linear, are of the group that says so.
+    formats = sorted((_read_group(group) for group in groups.values()), key=lambda own: not own.targets)
+    if sum(not own.targets for own in formats) > 1:
+        raise ModelError(f"{method}: several groups have the target Linear; {_SUPPORTED}")
+    return replace(formats[0], plain_modules=_plain_modules(config, "ignore"), others=tuple(formats[1:]))
+
+
+def _read_group(group: Any) -> Fp8Format:
+    """Read one of compressed-tensors' ``config_groups``."""
+    method = "compressed-tensors"
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise ModelError(f"{method}: a group without weights is not supported; {_SUPPORTED}")
+    _expect(group, method, "format", *_GROUP_FORMATS)
+    if group.get("output_activations"):
+        raise ModelError(f"{method}: quantised outputs (output_activations) are not supported; {_SUPPORTED}")
     targets = _modules(group, "targets")
     classes = [name for name in targets if name[:1].isupper() and name != "Linear"]
     if classes:
         raise ModelError(f"{method}: the class {classes[0]} in targets is not supported; {_SUPPORTED}")
     weights, inputs = group["weights"], group.get("input_activations")
-    if not isinstance(inputs, dict):
-        raise ModelError(f"{method}: weights without quantised activations (W8A16) are not supported; {_SUPPORTED}")
+    if inputs is not None and not isinstance(inputs, dict):
+        raise ModelError(f"{method}: input_activations must be an object, got {shown(inputs)}; {_SUPPORTED}")
     for part in (weights, inputs):
-        _expect(part, method, "num_bits", 8)
-        _expect(part, method, "type", "float")
-        _expect(part, method, "symmetric", True, None)
+        if part is not None:
+            _expect(part, method, "num_bits", 8)
+            _expect(part, method, "type", "float")
+            _expect(part, method, "symmetric", True, None)
     _expect(weights, method, "strategy", "tensor", "channel", "block")
     granularity = weights["strategy"]
-    is_static = not inputs.get("dynamic", False)
     if granularity == "block":
         _expect(weights, method, "block_structure", [BLOCK_SIZE, BLOCK_SIZE], f"{BLOCK_SIZE}x{BLOCK_SIZE}")
+    is_static = inputs is not None and not inputs.get("dynamic", False)
+    if inputs is not None and granularity == "block":
         _expect(inputs, method, "strategy", "group")
         _expect(inputs, method, "group_size", BLOCK_SIZE)
         _expect(inputs, method, "dynamic", True)
-    else:
-        _expect(inputs, method, "strategy", "tensor" if is_static else "token")
-    return Fp8Format(
-        granularity,
-        is_static,
-        plain_modules=_plain_modules(config, "ignore"),
-        targets=() if "Linear" in targets else targets,
-    )
+    elif inputs is not None:
+        # One scale of all tokens of a step would make a token depend on the others, so each has its own.
+        _expect(inputs, method, "strategy", "tensor", *(() if is_static else ("token",)))
+    own_targets = () if "Linear" in targets else targets
+    return Fp8Format(granularity, is_static, targets=own_targets, is_widened=inputs is None)
+
+
+def _read_fbgemm(config: dict[str, Any]) -> Fp8Format:
+    bound = config.get("activation_scale_ub")
+    is_number = isinstance(bound, int | float) and not isinstance(bound, bool)
+    if bound is not None and not (is_number and 0 < bound < math.inf):
+        raise ModelError(f"fbgemm_fp8: activation_scale_ub must be a positive number, got {shown(bound)}")
+    plain_modules = _plain_modules(config, "modules_to_not_convert")
+    return Fp8Format("channel", plain_modules=plain_modules, max_input=None if bound is None else float(bound))
 
 
 def _read_modelopt(config: dict[str, Any]) -> Fp8Format:

@@ -46,7 +46,7 @@ class ModelCost:
         self.layer_params = common_params + num_chosen * expert_params
         self.head_params = spec.vocab_size * spec.hidden_size
         matrix_itemsize, plain_params = itemsize, 0
-        if spec.weight_format is not None:
+        if spec.weight_format is not None and spec.weight_format.computes:
             matrix_itemsize, dense_params = 1, row_params * spec.intermediate_size
             names = (f"model.layers.{i}.{spec.family.mlp}.{spec.family.down}" for i in range(spec.num_layers))
             plain_params = dense_params * sum(not spec.weight_format.converts(name) for name in names)

@@ -110,7 +110,8 @@ def check_fp8(spec: ModelSpec, platform: Platform) -> None:
     Raises:
         ConfigError: it does not.
     """
-    if platform.name == "cuda" and (spec.weight_format is not None or spec.kv_format is not None):
+    in_fp8 = (spec.weight_format is not None and spec.weight_format.computes) or spec.kv_format is not None
+    if platform.name == "cuda" and in_fp8:
         capability = torch.cuda.get_device_capability(platform.device)
         if capability < _FIRST_FP8_CAPABILITY:
             raise ConfigError(

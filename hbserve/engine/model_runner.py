@@ -467,5 +467,6 @@ class ModelRunner:
 
 def _in_fp8(spec: ModelSpec) -> list[str]:
     """Name what is in FP8, for the log."""
-    weights = [] if spec.weight_format is None else [f", FP8 weights per {spec.weight_format.granularity}"]
+    own = spec.weight_format
+    weights = [f", FP8 weights per {own.name}"] if own is not None and own.computes else []
     return weights if spec.kv_format is None else [*weights, ", FP8 KV"]

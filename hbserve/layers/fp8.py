@@ -4,7 +4,8 @@ Weights and inputs are e4m3 (`hbserve.float8`). With q the rounding to it, and a
 for each of its blocks of 128 x 128::
 
     weight     W[n, k] ~ s[n] Q[n, k]
-    input      t = max |x| / 448 over a token (over 128 inputs where weights have blocks), or from the checkpoint
+    input      t = max |x| / 448 over a token (over 128 inputs where weights have blocks), or from the checkpoint;
+               where inputs have an upper bound, t is at most the bound over 448
                X[m, k] = q(x[m, k] / t[m])
     output     y[m, n] = t[m] s[n] sum over k of X[m, k] Q[n, k]  + bias, summed in float32, rounded once
 
@@ -46,18 +47,21 @@ class Quantised:
         return widened(self.values) * scales
 
 
-def quantise(x: Tensor, scale: Tensor | None = None, *, is_grouped: bool = False) -> Quantised:
+def quantise(
+    x: Tensor, scale: Tensor | None = None, *, is_grouped: bool = False, max_input: float | None = None
+) -> Quantised:
     """Quantise rows ``[rows, columns]``.
 
     Args:
         scale: float32 ``[1]``, of all rows; None: each row, or group of 128 columns, has its own.
+        max_input: larger values are clipped to it, where each row has a scale; None: none are.
     """
     values = x.float()
     if scale is not None:
         scales = scale.expand(len(x), 1)
         return Quantised(rounded(values * (1 / scales)), scales)
     if not is_grouped:
-        peaks = values.abs().amax(1, keepdim=True).clamp(min=_MIN_PEAK)
+        peaks = values.abs().amax(1, keepdim=True).clamp(min=_MIN_PEAK, max=max_input)
         return Quantised(rounded(values * (FP8_MAX / peaks)), peaks / FP8_MAX)
     num_columns = x.shape[1]
     groups = F.pad(values, (0, -num_columns % BLOCK_SIZE)).view(len(x), -1, BLOCK_SIZE)
@@ -94,20 +98,30 @@ class Fp8Linear(Linear):
         input_scales: float32, scales of the inputs from the checkpoint, one of each stacked matrix; the largest counts,
             because the matrices read one input. None: scales are computed.
         dtype: dtype of inputs and outputs.
+        max_input: larger inputs are clipped to it; None: none are. Only where each token has a scale.
     """
 
     def __init__(
-        self, weight: Tensor, scale: Tensor, bias: Tensor | None, input_scales: Tensor | None, dtype: torch.dtype
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        input_scales: Tensor | None,
+        dtype: torch.dtype,
+        max_input: float | None = None,
     ) -> None:
         self.weight, self.scale, self.bias, self.dtype = weight, scale, bias, dtype
         self.num_outputs, self.num_weights = weight.shape[0], weight.numel()
         self.has_blocks = scale.dim() == 2
         self.block_rows = self.num_outputs // scale.shape[0]
         self.input_scale = None if input_scales is None else input_scales.amax().reshape(1)
+        self.max_input = max_input
+        self.bound = None if max_input is None else scale.new_full((1,), max_input)
+        assert max_input is None or (not self.has_blocks and input_scales is None), "only tokens' scales are bounded"
 
     def quantise_input(self, x: Tensor) -> Quantised:
         """Quantise inputs ``[rows, inputs]``."""
-        return quantise(x, self.input_scale, is_grouped=self.has_blocks)
+        return quantise(x, self.input_scale, is_grouped=self.has_blocks, max_input=self.max_input)
 
     def dequantised_weight(self) -> Tensor:
         """Return the weight in float32."""

@@ -2,7 +2,7 @@
 
 | rows | kernel | bound by |
 |---|---|---|
-| 1, of at most 16384 inputs | `hbserve.layers.one_row`, with norm, gate and sum | reading weights |
+| 1, of at most 16384 inputs without a bound | `hbserve.layers.one_row`, with norm, gate and sum | reading weights |
 | 1 to 64; to 256 where outputs are few; to 512 where weights have blocks | the one here | reading weights |
 | more | cuBLASLt, through `torch._scaled_mm` | multiplying |
 | more, weights in blocks | cuBLASLt in the model's dtype, after both operands have been converted to it | multiplying |
@@ -185,7 +185,7 @@ class Fp8Kernels:
         out: Tensor | None = None,
         has_bias: bool = True,
     ) -> Tensor:
-        if layer.weight.shape[1] <= _MAX_ONE_ROW_INPUTS:
+        if layer.weight.shape[1] <= _MAX_ONE_ROW_INPUTS and layer.max_input is None:
             return one_row(
                 layer, x, norm=norm, eps=eps, residual=residual, is_gated=is_gated, out=out, has_bias=has_bias
             )

@@ -17,8 +17,9 @@ from hbserve.layers.fused import add_residual
 from hbserve.platform.cuda_driver import overlaps
 from hbserve.weight_format import BLOCK_SIZE
 
-DYNAMIC, STATIC, GROUPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""What has one scale of inputs: each row, all rows, or each 128 inputs of a row."""
+DYNAMIC, STATIC, GROUPED, BOUNDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+"""What has one scale of inputs: each row, all rows, each 128 inputs of a row, or each row, which is clipped to a bound.
+"""
 
 _MAX_LANES = 16384
 """Values that a program holds; wider rows are computed twice, for their peak and for their values."""
@@ -49,6 +50,8 @@ def _store_fp8(  # type: ignore[no-untyped-def]
             rounded = to_fp8(values, 1.0 / step)
         else:
             peak = tl.maximum(peak, 1e-12)
+            if mode == BOUNDED:
+                peak = tl.minimum(peak, tl.load(input_scale))
             step = peak / 448.0
             rounded = to_fp8(values, 448.0 / peak)
         tl.store(scales + row, step)
@@ -147,6 +150,8 @@ def mode_of(layer: Fp8Linear) -> tl.constexpr:
     """Return what has one scale of the layer's inputs."""
     if layer.has_blocks:
         return GROUPED
+    if layer.max_input is not None:
+        return BOUNDED
     return DYNAMIC if layer.input_scale is None else STATIC
 
 
@@ -214,4 +219,6 @@ def _fp8_plain_rows(x: Tensor, mode: int) -> Quantised:
 
 
 def _input_scale(layer: Fp8Linear) -> Tensor:
-    return layer.scale if layer.input_scale is None else layer.input_scale
+    """Return the scale of all inputs or their bound; without either, any tensor, which is not read."""
+    given = layer.input_scale if layer.bound is None else layer.bound
+    return layer.scale if given is None else given

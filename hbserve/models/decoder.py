@@ -27,6 +27,7 @@ from hbserve.layers.ops import HeadNorms, ResidualStream, select_ops
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.model_spec import ModelSpec
 from hbserve.models.schemes import make_linear
+from hbserve.weight_format import Fp8Format
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,20 @@ class _Layer:
         return *(type(linear) for linear in linears), experts
 
     @staticmethod
-    def build(tensors: dict[str, Tensor], dtype: torch.dtype) -> _Layer:
+    def build(tensors: dict[str, Tensor], dtype: torch.dtype, weight_format: Fp8Format | None) -> _Layer:
         """Take the layer's tensors, by their names in the `WeightTable`; an unknown name is a TypeError."""
-        qkv, o = (make_linear(tensors, name, dtype) for name in ("qkv", "o"))
+
+        def linear(name: str) -> Linear:
+            return make_linear(tensors, name, dtype, weight_format)
+
+        qkv, o = linear("qkv"), linear("o")
         mlp: tuple[Linear, Linear] | ExpertWeights
         if "router" in tensors:
-            given: dict[str, Any] = {
-                name: make_linear(tensors, name, dtype) for name in ("shared_up", "shared_down") if name in tensors
-            }
+            given: dict[str, Any] = {name: linear(name) for name in ("shared_up", "shared_down") if name in tensors}
             given |= {field.name: tensors.pop(field.name) for field in fields(ExpertWeights) if field.name in tensors}
             mlp = ExpertWeights(**given)
         else:
-            mlp = make_linear(tensors, "up", dtype), make_linear(tensors, "down", dtype)
+            mlp = linear("up"), linear("down")
         return _Layer(qkv=qkv, o=o, mlp=mlp, **tensors)
 
 
@@ -110,7 +113,7 @@ class Decoder:
         for layer in range(spec.num_layers):
             prefix = f"layers.{layer}."
             tensors = {name.removeprefix(prefix): view for name, view in weights.items() if name.startswith(prefix)}
-            self.layers.append(_Layer.build(tensors, self.embedding.dtype))
+            self.layers.append(_Layer.build(tensors, self.embedding.dtype, spec.weight_format))
 
     @property
     def typical_layers(self) -> list[int]:

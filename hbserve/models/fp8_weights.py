@@ -116,29 +116,77 @@ class _RowScalePart(_QuantisedPart):
         return self._quantise(source, device).scales[:, 0]
 
 
+@dataclass(frozen=True)
+class WidenedPart(CheckpointPart):
+    """FP8 values of the checkpoint times their scales, in the serving dtype.
+
+    Attributes:
+        scale_name: name of the scales beside the weight.
+    """
+
+    granularity: Granularity
+    scale_name: str
+    stored_dtypes: ClassVar[tuple[str, ...]] = ("F8_E4M3",)
+    is_slice: ClassVar[bool] = False
+
+    @property
+    def companion(self) -> CheckpointPart:
+        shape = _scale_shape(self.granularity, self.shape)
+        name = f"{self.name.removesuffix('weight')}{self.scale_name}"
+        return _ScalePart(name, shape, 0, 0, shape[0], self, self.granularity, 1)
+
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
+        rows, columns = (
+            slice(self.start, self.stop) if dim == self.dim else slice(0, size) for dim, size in enumerate(self.shape)
+        )
+        values = cast(Tensor, source[rows, columns]).to(device).float()
+        scales = cast(Tensor, companion[...]).to(device).float()
+        if self.granularity == "tensor":
+            return values * scales.reshape(1)
+        if self.granularity == "channel":
+            return values * scales.reshape(-1, 1)[rows]
+        row_blocks, column_blocks = (
+            torch.arange(part.start, part.stop, device=device) // BLOCK_SIZE for part in (rows, columns)
+        )
+        return values * scales[row_blocks[:, None], column_blocks]
+
+
 def fp8_parameters(weight_format: Fp8Format, name: str, parts: tuple[CheckpointPart, ...]) -> Iterator[Parameter]:
     """Yield the parameters of a stacked matrix; see `hbserve.models.schemes.matrix_parameters`."""
     modules = [part.name.removesuffix(".weight") for part in parts]
-    converted = {weight_format.converts(module) for module in modules}
-    if converted == {False}:
+    formats = [weight_format.of(module) for module in modules]
+    own = formats[0]
+    if any(other != own for other in formats):
+        how = "quantised" if None in formats else "quantised in the same way"
+        raise ModelError(f"only some of {', '.join(modules)} are {how}; HBServe computes them as one matrix")
+    if own is None:
         yield name, parts
         return
-    if False in converted:
-        raise ModelError(f"only some of {', '.join(modules)} are quantised; HBServe computes them as one matrix")
     if any(isinstance(part, StackedExpertsPart) for part in parts):
         raise ModelError(
             f"{parts[0].name} has all experts; FP8 is supported only where each expert has its own tensors"
         )
     places = [(part.name, part.shape, part.dim, part.start, part.stop) for part in parts]
-    if weight_format.is_on_load:
+    if own.is_widened:
+        yield name, tuple(WidenedPart(*place, own.granularity, own.scale_name) for place in places)
+        return
+    if own.is_on_load:
         yield name, tuple(_QuantisedPart(*place) for place in places)
         yield f"{name}_scale", tuple(_RowScalePart(*place) for place in places)
         return
     yield name, tuple(_Fp8Part(*place) for place in places)
-    yield f"{name}_scale", tuple(_scale_parts(weight_format, modules, parts))
-    if weight_format.is_static:
+    yield f"{name}_scale", tuple(_scale_parts(own, modules, parts))
+    if own.is_static:
         scales = (_InputScalePart(f"{module}.input_scale", (1,), 0, 0, 1) for module in modules)
         yield f"{name}_input_scale", tuple(scales)
+
+
+def head_part(weight_format: Fp8Format, head: CheckpointPart) -> CheckpointPart:
+    """Return the LM head as the checkpoint has it: plain, or in FP8."""
+    if not weight_format.has_head:
+        return head
+    own = weight_format.of(head.name.removesuffix(".weight")) or weight_format
+    return WidenedPart(head.name, head.shape, head.dim, head.start, head.stop, own.granularity, own.scale_name)
 
 
 def _scale_parts(
@@ -148,20 +196,26 @@ def _scale_parts(
     if granularity == "block":
         block_rows = _common_block_rows(parts)
     for module, part in zip(modules, parts, strict=True):
-        num_rows, num_columns = part.shape
+        num_columns = part.shape[1]
         is_share = part.dim == 1 and part.stop - part.start < num_columns
         if granularity == "block" and is_share and (part.start % BLOCK_SIZE or part.stop % BLOCK_SIZE):
             raise ModelError(
                 f"{part.name} has {num_columns} columns in blocks of {BLOCK_SIZE}, which cannot be shared by "
                 f"{num_columns // (part.stop - part.start)} tensor-parallel ranks; use fewer"
             )
-        shapes: dict[Granularity, tuple[int, ...]] = {
-            "tensor": (1,),
-            "channel": (num_rows, 1),
-            "block": (math.ceil(num_rows / BLOCK_SIZE), math.ceil(num_columns / BLOCK_SIZE)),
-        }
-        shape = shapes[granularity]
+        shape = _scale_shape(granularity, part.shape)
         yield _ScalePart(f"{module}.{weight_format.scale_name}", shape, 0, 0, shape[0], part, granularity, block_rows)
+
+
+def _scale_shape(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the scales of a matrix in the checkpoint."""
+    num_rows, num_columns = shape
+    shapes: dict[Granularity, tuple[int, ...]] = {
+        "tensor": (1,),
+        "channel": (num_rows, 1),
+        "block": (math.ceil(num_rows / BLOCK_SIZE), math.ceil(num_columns / BLOCK_SIZE)),
+    }
+    return shapes[granularity]
 
 
 def _common_block_rows(parts: tuple[CheckpointPart, ...]) -> int:

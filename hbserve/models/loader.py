@@ -24,7 +24,7 @@ from hbserve.models.checkpoint_part import CheckpointPart
 from hbserve.models.expert_shares import expert_shares, skew_router
 from hbserve.models.weight_reader import Read, read_all
 from hbserve.models.weights import WeightTable, checkpoint_parts
-from hbserve.weight_format import KV_SCALE_NAMES, OTHER_SCALE_NAMES
+from hbserve.weight_format import KV_SCALE_NAMES, OTHER_SCALE_NAMES, QUERY_SCALE_NAMES
 
 _DUMMY_STD, _DUMMY_FP8_STD = 0.02, 32.0
 _DUMMY_PERIOD_ELEMENTS = 1_048_583
@@ -32,6 +32,8 @@ _DUMMY_PERIOD_ELEMENTS = 1_048_583
 
 _DUMMY_STRIDE_ELEMENTS = 648_061
 """Elements of the period between the begins of two parameters, so no two layers are equal."""
+
+_INPUT_SCALES = (".input_scale", ".activation_scale")
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,10 @@ def load_weights(
     check_weights(folder, spec)
     if (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
         logger.warning("%s has %s and %s; the first is read", folder, SINGLE_FILE, INDEX_FILE)
-    renamed = _renamed(spec, checkpoint_tensors(folder))
+    tensors = checkpoint_tensors(folder)
+    if spec.kv_format is None and any(f"model.layers.0.{names[0]}" in tensors for names in KV_SCALE_NAMES):
+        logger.info("%s has scales of KV in FP8, which kv_cache.dtype: fp8 would use", folder)
+    renamed = _renamed(spec, tensors)
     load_parts(folder, checkpoint_parts(spec, tp_rank, tp_size, has_whole_experts), renamed, table, arena)
 
 
@@ -236,11 +241,13 @@ def _is_harmless(name: str, spec: ModelSpec) -> bool:
     """Whether a tensor adds nothing.
 
     Such are old rotary frequencies, a copy of a tied LM head, a layer that drafts tokens, scales of KV if it is not in
-    FP8, and scales of the inputs of experts, which are computed where they are needed.
+    FP8 or of what never is, and scales of the inputs of experts, which are computed where they are needed.
     """
-    if spec.experts is not None and ".experts." in name and name.endswith((".input_scale", ".activation_scale")):
-        return spec.weight_format is not None and spec.weight_format.is_static
+    if spec.experts is not None and ".experts." in name and name.endswith(_INPUT_SCALES):
+        return spec.weight_format is not None and spec.weight_format.has_input_scales
     if spec.kv_format is None and any(name.endswith(pair) for pair in KV_SCALE_NAMES):
+        return True
+    if name.endswith(QUERY_SCALE_NAMES) or (name.startswith("lm_head.") and name.endswith(_INPUT_SCALES)):
         return True
     layer = name.removeprefix("model.layers.").partition(".")[0]
     if spec.family.has_draft_layers and (

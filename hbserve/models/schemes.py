@@ -39,14 +39,18 @@ def matrix_parameters(
         yield from fp8_parameters(weight_format, name, parts)
 
 
-def make_linear(tensors: dict[str, Tensor], name: str, dtype: torch.dtype) -> Linear:
+def make_linear(
+    tensors: dict[str, Tensor], name: str, dtype: torch.dtype, weight_format: Fp8Format | None = None
+) -> Linear:
     """Make the layer of a matrix, and take its parameters out of ``tensors``.
 
     Args:
         dtype: of inputs and outputs.
+        weight_format: of the model's matrices, as it is given to `matrix_parameters`.
     """
     weight, bias = tensors.pop(name), tensors.pop(f"{name}_bias", None)
     scale = tensors.pop(f"{name}_scale", None)
     if scale is None:
         return PlainLinear(weight, bias)
-    return Fp8Linear(weight, scale, bias, tensors.pop(f"{name}_input_scale", None), dtype)
+    max_input = None if weight_format is None else weight_format.max_input
+    return Fp8Linear(weight, scale, bias, tensors.pop(f"{name}_input_scale", None), dtype, max_input)

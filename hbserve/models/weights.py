@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from hbserve.models.checkpoint_part import (
     Parameter,
     StackedExpertsPart,
 )
+from hbserve.models.fp8_weights import head_part
 from hbserve.models.mxfp4_experts import Mxfp4ExpertsPart
 from hbserve.models.schemes import matrix_parameters
 from hbserve.weight_format import Fp8Format
@@ -167,7 +168,8 @@ class Sharding:
             names = (f"model.layers.{layer}.self_attn.sinks" for layer in range(spec.num_layers))
             yield "sinks", tuple(_part(name, (spec.num_heads,), *heads) for name in names)
         if not spec.tied_embeddings:
-            yield "lm_head", (_part(LM_HEAD, (spec.vocab_size, spec.hidden_size), *vocab),)
+            head = _part(LM_HEAD, (spec.vocab_size, spec.hidden_size), *vocab)
+            yield "lm_head", (head if spec.weight_format is None else head_part(spec.weight_format, head),)
 
     def _layer(self, layer: int, prefix: str) -> Iterator[Parameter]:
         spec, family, head_dim = self.spec, self.spec.family, self.spec.head_dim
@@ -216,7 +218,7 @@ class Sharding:
             yield from self._expert_biases(prefix, experts, local, inner)
         up_parts, down_parts = self._expert_parts(prefix, experts, local, inner)
         # Inputs of experts stay as they are or have scales of their own, so those of the checkpoint are not read.
-        expert_format = self.spec.weight_format and replace(self.spec.weight_format, is_static=False)
+        expert_format = self.spec.weight_format and self.spec.weight_format.with_own_inputs()
         yield from matrix_parameters(expert_format, "up", up_parts)
         yield from matrix_parameters(expert_format, "down", down_parts)
 

@@ -135,7 +135,7 @@ def _weight_format(folder: Path) -> str | None:
         found = read_weight_format(read_config(folder))
     except ModelError:
         return None  # whoever loads it says what is wrong
-    return None if found is None else f"fp8-{found.granularity}"
+    return None if found is None or not found.computes else f"fp8-{found.name}"
 
 
 ProfileOrigin = Literal["cache", "learnt", "shipped", "derived", "built-in"]

@@ -44,7 +44,7 @@ def random_rows(*shape: int) -> torch.Tensor:
 
 
 def make_layer(num_outputs: int, size: int, kind: str) -> Fp8Linear:
-    """A layer with a scale per row or per block of 64 x 128, and dynamic or static scales of inputs."""
+    """A layer with a scale per row or per block of 64 x 128, and dynamic, static or bounded scales of inputs."""
     weight = torch.randn(num_outputs, size, device="cuda") * 0.05
     if kind == "block":
         scale = torch.rand(num_outputs // 64, -(-size // 128), device="cuda") * 1e-3 + 1e-4
@@ -54,7 +54,8 @@ def make_layer(num_outputs: int, size: int, kind: str) -> Fp8Linear:
         spread = scale[:, None]
     values = (weight / spread).clamp(-448, 448).to(FP8)
     input_scales = torch.tensor([0.01, 0.02], device="cuda") if kind == "static" else None
-    return Fp8Linear(values, scale, random_rows(num_outputs), input_scales, torch.bfloat16)
+    max_input = 2.0 if kind == "bounded" else None
+    return Fp8Linear(values, scale, random_rows(num_outputs), input_scales, torch.bfloat16, max_input)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2**-7) -> None:
@@ -77,6 +78,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
         (5120, 17408, "channel"),
         (5120, 25600, "channel"),
         (6144, 1152, "static"),
+        (1024, 1152, "bounded"),
         (40_064, 256, "channel"),  # several tiles of rows for each program of the kernel for one row
         (40_064, 256, "block"),
     ],
@@ -103,7 +105,7 @@ def test_linear_kernels_equal_the_reference(num_outputs: int, size: int, kind: s
     assert_close(out, layer(x, has_bias=False))
 
 
-@pytest.mark.parametrize("kind", ["channel", "block"])
+@pytest.mark.parametrize("kind", ["channel", "block", "bounded"])
 @pytest.mark.parametrize("size", [320, 12288, 25600])
 def test_rows_are_quantised_after_norm_and_gate(size: int, kind: str) -> None:
     from hbserve.layers.fp8_kernels import Fp8Kernels

@@ -28,7 +28,6 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 1024,
     "log_level": "WARNING",
 }
-FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
 
 
 def recall_questions(count: int, position: int | None = None) -> list[language.Question]:
@@ -49,28 +48,34 @@ def test_recall_of_held_out_pairs_behind_a_transfer() -> None:
 
 
 SEMI_PD: dict[str, Any] = {"prefill_percentage": 60, "ladder": {"prefill": [], "decode": []}, "num_sleepers": 1}
-FP8_SYSTEMS: dict[str, dict[str, Any]] = {
-    "unified": {"mode": "unified", **FP8},
-    "shm": {"mode": "disaggregated", "kv_transfer_backend": "shm", "dtype": "bfloat16", **FP8},
-    "gloo": {"mode": "disaggregated", "kv_transfer_backend": "nccl", "kv_cache_dtype": "fp8"},
-    "mooncake": {"mode": "disaggregated", "kv_transfer_backend": "mooncake", **FP8},
-    "semi_pd": {"mode": "semi_pd", **SEMI_PD, **FP8},
+FP8: dict[str, dict[str, Any]] = {
+    "weights": {"quantization": "fp8"},
+    "kv": {"kv_cache_dtype": "fp8"},
+    "both": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
+}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "unified": {"mode": "unified"},
+    "shm": {"mode": "disaggregated", "kv_transfer_backend": "shm", "dtype": "bfloat16"},
+    "gloo": {"mode": "disaggregated", "kv_transfer_backend": "nccl"},
+    "mooncake": {"mode": "disaggregated", "kv_transfer_backend": "mooncake"},
+    "semi_pd": {"mode": "semi_pd", **SEMI_PD},
 }
 
 
+@pytest.mark.parametrize("in_fp8", FP8)
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[needs_mooncake] if name == "mooncake" else []) for name in FP8_SYSTEMS]
+    "name", [pytest.param(name, marks=[needs_mooncake] if name == "mooncake" else []) for name in SYSTEMS]
 )
-def test_fp8_answers_are_right_in_every_mode(name: str) -> None:
+def test_fp8_answers_are_right_in_every_mode(name: str, in_fp8: str) -> None:
     """Chunks, transfers, preemption, then a prefix from the cache, with semi-PD behind a rotation.
 
-    tests/unit/engine/test_fp8.py has weights and KV by themselves.
+    There is one right answer to a question, so all modes have the same tokens.
     """
     rng = random.Random(5)
     questions = [language.copy_question(rng, 14) for _ in range(6)]
     questions += [language.recall_question(rng, num_pairs) for num_pairs in (3, 20, 30)]
     settings = SETTINGS | {"num_blocks": 18, "max_model_len": 256, "decode_headroom_tokens": 0}
-    with LLM(DEMO, **settings, **FP8_SYSTEMS[name]) as llm:
+    with LLM(DEMO, **settings, **SYSTEMS[name], **FP8[in_fp8]) as llm:
         assert share_right(llm, questions) == 1
         for manager in llm.supervisors.values():
             assert manager.request_sm_reallocation(SMAllocation(80, 100))

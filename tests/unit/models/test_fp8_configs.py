@@ -53,6 +53,19 @@ def modelopt(algorithm: str, *ignore: str) -> dict[str, Any]:
     }
 
 
+_FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+_TOKENS = _FLOAT8 | {"strategy": "token", "dynamic": True}
+LINEAR = {"targets": ["Linear"], "weights": _FLOAT8, "input_activations": _TOKENS}
+INT8 = LINEAR | {"weights": _FLOAT8 | {"type": "int"}, "input_activations": _TOKENS | {"type": "int"}}
+INT4 = {
+    "targets": ["re:.*mlp.*"],
+    "weights": _FLOAT8 | {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
+    "input_activations": None,
+    "format": "pack-quantized",
+}
+MXFP8 = LINEAR | {"format": "mxfp8-quantized"}
+
+
 def is_converted(config: dict[str, Any], *modules: str) -> list[bool]:
     weight_format = read_weight_format({"quantization_config": config})
     assert weight_format is not None
@@ -111,7 +124,7 @@ def is_converted(config: dict[str, Any], *modules: str) -> list[bool]:
                 "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.down_proj"],
                 "quant_method": "fbgemm_fp8",
             },
-            Fp8Format("channel", plain_modules=("model.layers.0.mlp.down_proj",)),
+            Fp8Format("channel", plain_modules=("model.layers.0.mlp.down_proj",), max_input=1200.0),
             id="meta-llama/Llama-3.1-405B-Instruct-FP8",
         ),
     ],
@@ -172,9 +185,25 @@ def test_modelopts_own_file_is_read_where_config_json_says_nothing(tmp_path: Pat
         (modelopt("NVFP4"), 'modelopt: quant_algo "NVFP4" is not supported; supported are'),
         (modelopt("FP8_PB_WO"), 'modelopt: quant_algo "FP8_PB_WO"'),
         (modelopt("FP8", "a*b*c*d*e*f"), "may take too long to match"),
-        (llm_compressor("channel", None, "lm_head"), "W8A16"),
         (llm_compressor("group", "token"), 'strategy "group"'),
-        (llm_compressor("channel", "token", format="mixed-precision"), 'format "mixed-precision"'),
+        (llm_compressor("channel", "tensor_group"), 'strategy "tensor_group"'),
+        (
+            llm_compressor("channel", "token", config_groups={"a": LINEAR, "b": LINEAR}),
+            "several groups have the target",
+        ),
+        (
+            llm_compressor("channel", "token", format="mixed-precision", config_groups={"a": LINEAR, "b": INT4}),
+            'compressed-tensors: format "pack-quantized" is not supported',
+        ),
+        (llm_compressor("channel", "token", config_groups={"a": INT8}), 'compressed-tensors: type "int"'),
+        (llm_compressor("channel", "token", config_groups={"a": MXFP8}), 'format "mxfp8-quantized"'),
+        (llm_compressor("channel", "token", format="nvfp4-pack-quantized"), 'format "nvfp4-pack-quantized"'),
+        (
+            {"quant_method": "fbgemm_fp8", "activation_scale_ub": "1200"},
+            "activation_scale_ub must be a positive number",
+        ),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 'quant_method "awq"'),
+        ({"quant_method": "gptq", "bits": 4, "sym": True}, 'quant_method "gptq"'),
         (llm_compressor("channel", "token", transform_config={"config_groups": {"u": {}}}), "transform_config"),
         ({"quant_method": "quark"}, 'quant_method "quark"'),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 'quant_method "bitsandbytes"'),
