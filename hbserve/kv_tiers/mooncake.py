@@ -6,7 +6,7 @@ was read or looked up is safe for a while (its lease).
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from hbserve.errors import HBServeError
 from hbserve.kv_tiers.base import BlockName, KVTier, KVTierContext
 from hbserve.kv_tiers.mooncake_library import MooncakeTierError, check_answers, load_library, local_address, no_answer
+
+logger = logging.getLogger(__name__)
 
 _NO_ROOM = -200
 _NOT_FOUND = -704
@@ -39,8 +41,10 @@ class MooncakeTier(KVTier):
         self._lock = threading.Lock()
         self._client: Any = None
         self._buffers: list[torch.Tensor] = []
-        with contextlib.suppress(HBServeError):  # the first use says so
+        try:
             self._connected()
+        except HBServeError as error:  # each use tries again, and fails until then
+            logger.warning("%s", error)
 
     def _connected(self) -> Any:
         """Return the client, with all buffers registered.

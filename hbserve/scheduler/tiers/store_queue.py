@@ -6,6 +6,7 @@ disks and stores are, takes no memory from requests: contents that were evicted 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -43,17 +44,15 @@ class StoreQueue:
         self._clock, self._copies = clock, copies
         self._waiting: defaultdict[tuple[InstanceHandle, Tier], dict[bytes, float]] = defaultdict(dict)
         self._num_jobs = 0
+        self._next_look = -math.inf
 
     def offer(self, instance: InstanceHandle, tier: Tier, keys: Iterable[bytes]) -> None:
         """Have contents wait that were just sealed, where they are absent."""
         waiting = self._waiting[instance, tier]
         due = self._clock.now + (_MAX_NAMED_STORE_DELAY_S if tier.info.by_name else _MAX_STORE_DELAY_S)
-        is_first = not waiting
         for key in keys:
             if key not in tier.directory:
                 waiting.setdefault(key, due)
-        if is_first and waiting:
-            self._clock.call_at(due)
         while len(waiting) > instance.pool.total_blocks:  # the pool has lost the oldest ones
             del waiting[next(iter(waiting))]
             tier.directory.stats.skipped_blocks += 1
@@ -76,10 +75,11 @@ class StoreQueue:
         share = _MIN_STORE_SHARE * instance.pool.total_blocks
         if len(waiting) >= min(share, num_bytes / instance.hello.block_bytes):
             return True
-        due = next(iter(waiting.values()))
-        if due > self._clock.now:
+        now, due = self._clock.now, next(iter(waiting.values()))
+        if due > now and not now < self._next_look <= due:
+            self._next_look = due
             self._clock.call_at(due)
-        return due <= self._clock.now
+        return due <= now
 
     def _store(self, instance: InstanceHandle, tier: Tier, waiting: dict[bytes, float]) -> bool:
         """Send one job with the contents that have waited longest; False: there is no worker."""

@@ -10,8 +10,11 @@ import pytest
 from hbserve.cli.store import main
 from hbserve.config import StoreTierConfig
 from hbserve.errors import HBServeError, StartupError
+from hbserve.kv_tiers.base import BlockName, KVTierContext
+from hbserve.kv_tiers.mooncake import MooncakeTier
 from hbserve.kv_tiers.mooncake_library import check_answers
 from hbserve.kv_tiers.store_service import StoreService, _Part
+from tests.support.engines import needs_mooncake
 from tests.support.paths import ROOT
 
 DEMO = str(ROOT / "examples" / "models" / "hbserve-demo")
@@ -48,6 +51,16 @@ def test_a_master_that_does_not_answer_is_named_with_what_starts_one() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(HBServeError, match=rf"the master at 127.0.0.1:{port} does not answer: .* `hbserve store` "):
             check_answers(config(port))
+
+
+@needs_mooncake
+def test_a_system_starts_without_its_master_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        store = MooncakeTier(KVTierContext(config(taken.getsockname()[1]), 64, 1.0))
+        assert "does not answer" in caplog.text
+        with pytest.raises(HBServeError, match="does not answer"):
+            store.contains([BlockName("a")])
 
 
 async def test_a_part_that_ends_at_its_start_and_ever_again_is_told() -> None:
