@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class DiskTier(SlotTier):
     def __init__(self, config: DiskTierConfig, name: str, rank: int, num_ranks: int, block_bytes: int) -> None:
         self._folder, self._name, self._num_ranks = Path(config.path), name, num_ranks
         self._block_bytes = block_bytes
+        self._of_thread = threading.local()
         self._stride = block_bytes + -block_bytes % _PAGE_BYTES
         self.num_slots = config.bytes // num_ranks // (self._stride + _HEADER_BYTES)
         self._first = self.num_slots * _HEADER_BYTES
@@ -78,7 +80,10 @@ class DiskTier(SlotTier):
     # --- the lanes' threads ----------------------------------------------------------------------
 
     def put(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
-        array = values.cpu().numpy()
+        buffer = self._in_host(values)
+        if buffer is not values:
+            buffer.copy_(values)
+        array = buffer.numpy()
         failures: dict[int, str] = {}
         for index, name in enumerate(names):
             header = _HEADER.pack(name.key, name.checksum, time.time_ns())
@@ -95,7 +100,7 @@ class DiskTier(SlotTier):
         return failures
 
     def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
-        buffer = values if values.device.type == "cpu" else torch.empty(values.shape, dtype=torch.uint8)
+        buffer = self._in_host(values)
         array = buffer.numpy()
         failures: dict[int, str] = {}
         for index, name in enumerate(names):
@@ -108,6 +113,15 @@ class DiskTier(SlotTier):
         if buffer is not values:
             values.copy_(buffer)
         return failures
+
+    def _in_host(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values that the host can read, or on a GPU pinned memory for them, which each lane has of its own."""
+        if values.device.type == "cpu":
+            return values
+        pinned: torch.Tensor | None = getattr(self._of_thread, "pinned", None)
+        if pinned is None or len(pinned) < len(values):
+            pinned = self._of_thread.pinned = torch.empty(values.shape, dtype=torch.uint8, pin_memory=True)
+        return pinned[: len(values)]
 
     # --- any thread ------------------------------------------------------------------------------
 
