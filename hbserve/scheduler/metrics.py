@@ -98,8 +98,8 @@ class SchedulerMetrics:
         """A request has its allocations, and may be computed."""
         self.collector.record_prefill_start(_name(sequence), sequence.num_cached_tokens or 0)
 
-    def on_more_cached(self, sequence: Sequence) -> None:
-        """More of a request's prompt has not to be computed than at its admission: a tier or another request has it."""
+    def on_cached(self, sequence: Sequence) -> None:
+        """Another part of a request's prompt is cached than at its first admission."""
         sequence.metrics.cached_tokens = sequence.num_cached_tokens or 0
 
     def on_first_token(self, sequence: Sequence) -> None:

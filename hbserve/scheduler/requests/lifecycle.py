@@ -43,11 +43,14 @@ class RequestLifecycle(StepResults):
         self._enter(sequence, Phase.PREFILLING)
         allocation = sequence.prefill_allocation
         assert allocation is not None
-        if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = min(allocation.num_planned, sequence.num_prompt_tokens)
+        is_first = sequence.num_cached_tokens is None
+        if sequence.first_token_time is None:  # what an earlier attempt had is of no use to this one
+            self._note_cached(sequence, min(allocation.num_planned, sequence.num_prompt_tokens))
+        if is_first:
             self.counts["prompt_tokens"] += sequence.num_prompt_tokens
-            self.counts["cached_prompt_tokens"] += sequence.num_cached_tokens
             self._metrics.on_admitted(sequence)
+        else:
+            self._metrics.on_cached(sequence)
         instances = " and ".join(a.instance_id for a in sequence.allocations)
         cached, blocks = allocation.num_planned, sum(len(a.block_ids) for a in sequence.allocations)
         logger.debug("request %s: admitted to %s, %d cached tokens, %d blocks", sequence.id, instances, cached, blocks)

@@ -231,9 +231,14 @@ class StepResults(RequestPhases):
     def _count_cached(self, sequence: Sequence, num_tokens: int) -> None:
         """Note that more of a prompt has come from others than there was at its admission."""
         if num_tokens > 0 and sequence.first_token_time is None:
-            sequence.num_cached_tokens = (sequence.num_cached_tokens or 0) + num_tokens
-            self.counts["cached_prompt_tokens"] += num_tokens
-            self._metrics.on_more_cached(sequence)
+            self._note_cached(sequence, (sequence.num_cached_tokens or 0) + num_tokens)
+            self._metrics.on_cached(sequence)
+
+    def _note_cached(self, sequence: Sequence, num_tokens: int) -> None:
+        """Note how much of a prompt this attempt need not compute; the count has the most of all attempts."""
+        sequence.num_cached_tokens = num_tokens
+        self.counts["cached_prompt_tokens"] += max(0, num_tokens - sequence.max_cached_tokens)
+        sequence.max_cached_tokens = max(num_tokens, sequence.max_cached_tokens)
 
     # --- prefilling -> transferring -> decoding ------------------------------------------------------
 

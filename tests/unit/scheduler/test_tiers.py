@@ -263,6 +263,23 @@ def test_what_a_lost_instance_had_computed_is_loaded() -> None:
     assert [*system.prompt_rows()] == [(64, 6)]
 
 
+def test_cached_tokens_are_those_of_the_attempt_that_is_answered() -> None:
+    system = System()
+    system.stored_and_evicted()
+    before = system.scheduler._stats.collect(False)["cpu_scheduler"]["cached_prompt_tokens"]
+    system.is_paused = True
+    system.ask(PROMPT)
+    system.answer(system.loads()[0])
+    system.step(ConnectionBroke(1))  # before the first token
+    system._withheld.clear()
+    system.is_paused = False
+    system.begin()
+    system.step(seconds=1.0)
+    system.answer(system.loads()[0], {3: "checksum"})
+    assert system.cached_tokens() == [48]
+    assert system.scheduler._stats.collect(False)["cpu_scheduler"]["cached_prompt_tokens"] == before + 64
+
+
 def test_what_a_preempted_request_had_computed_is_loaded() -> None:
     system = System(num_blocks=9)
     system.scheduler._requests.tiers._compute_s = lambda tokens, start: math.inf
