@@ -279,8 +279,7 @@ class Sequence:
         retry_at: when it may be admitted again after a failure, on the scheduler's clock.
         num_scored: prompt tokens whose log-probabilities the client has, not counting the first token, which has none.
         num_late_masks: steps since its last token in which the mask of its grammar was not there.
-        num_cached_tokens: prompt tokens that the last attempt need not compute, until the first token; None: it was never
-            admitted.
+        num_cached_tokens: prompt tokens that the attempt with the first token need not compute; None: never admitted.
         max_cached_tokens: the most of all attempts.
         expected_cached_tokens: of its tokens, so many were in a prefix cache when it began to wait.
         alike: an earlier prompt that begins alike and is being computed; ``num_alike_tokens``: what both have.
