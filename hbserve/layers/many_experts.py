@@ -43,6 +43,25 @@ class ChainedTiles(NamedTuple):
 
 
 @triton.jit
+def _inner_sum(  # type: ignore[no-untyped-def]
+    inputs, places, size: tl.constexpr, rows: tl.constexpr, step: tl.constexpr
+):
+    """Multiply a tile: rows that begin at ``inputs [rows, step]`` by 256 columns at ``places [step, 256]``."""
+    lanes = tl.arange(0, step)
+    total = tl.zeros([rows, 256], tl.float32)
+    for begin in range(0, size, step):
+        if size % step == 0:
+            values = tl.load(inputs + begin)
+            matrix = tl.load(places + begin)
+        else:
+            in_size = begin + lanes < size
+            values = tl.load(inputs + begin, mask=in_size[None, :], other=0.0)
+            matrix = tl.load(places + begin, mask=in_size[:, None], other=0.0)
+        total = tl.dot(values, matrix, total)
+    return total
+
+
+@triton.jit
 def _chained_up_kernel(  # type: ignore[no-untyped-def]
     x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr, has_scales: tl.constexpr,
@@ -64,16 +83,7 @@ def _chained_up_kernel(  # type: ignore[no-untyped-def]
         first = expert * 2 * num_columns
         matrix_row = first + tl.minimum(block * 128 + turns // 2, num_columns - 1) + (turns % 2) * num_columns
         places = weight + matrix_row[None, :] * size + lanes[:, None]
-        total = tl.zeros([rows, 256], tl.float32)
-        for begin in range(0, size, step):
-            if size % step == 0:
-                values = tl.load(inputs + begin)
-                matrix = tl.load(places + begin)
-            else:
-                in_size = begin + lanes < size
-                values = tl.load(inputs + begin, mask=in_size[None, :], other=0.0)
-                matrix = tl.load(places + begin, mask=in_size[:, None], other=0.0)
-            total = tl.dot(values, matrix, total)
+        total = _inner_sum(inputs, places, size, rows, step)
         gate, up = tl.split(tl.reshape(total, [rows, 128, 2]))
         column = block * 128 + tl.arange(0, 128)
         in_columns = column < num_columns
@@ -108,16 +118,7 @@ def _chained_down_kernel(  # type: ignore[no-untyped-def]
         in_columns = column < num_columns
         matrix_row = expert * num_columns + tl.minimum(column, num_columns - 1)
         places = weight + matrix_row[None, :] * size + lanes[:, None]
-        total = tl.zeros([rows, 256], tl.float32)
-        for begin in range(0, size, step):
-            if size % step == 0:
-                values = tl.load(inputs + begin)
-                matrix = tl.load(places + begin)
-            else:
-                in_size = begin + lanes < size
-                values = tl.load(inputs + begin, mask=in_size[None, :], other=0.0)
-                matrix = tl.load(places + begin, mask=in_size[:, None], other=0.0)
-            total = tl.dot(values, matrix, total)
+        total = _inner_sum(inputs, places, size, rows, step)
         share = tl.load(weights + pair, mask=in_rows, other=0.0).to(tl.float32)
         if has_scales:
             share *= tl.load(x_scale + pair, mask=in_rows, other=0.0)
