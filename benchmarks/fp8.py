@@ -59,7 +59,7 @@ def _layers(num_outputs: int, size: int, kind: str) -> list[Any]:
 
 def _kernels() -> dict[str, Any]:
     from hbserve.layers.fp8_kernels import Fp8Kernels
-    from hbserve.layers.plain_kernels import PlainKernels
+    from hbserve.layers.fused_ops import PlainKernels
 
     found: dict[str, Any] = {}
     print(f"{'matrix':8} {'rows':>5} {'':>8} {'us':>8} {'GB/s':>7} {'TFLOP/s':>8} {'of bf16':>8}")

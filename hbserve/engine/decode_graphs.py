@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,36 +25,18 @@ from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 from hbserve.engine.capture import Parts, capture_in_parts, compiling, run_through, run_to_capture
 from hbserve.engine.draft_model.head_pass import HEAD_LAG, HeadPass
 from hbserve.engine.fast_sampler import fast_sample
-from hbserve.engine.graph_sizes import GraphSizes
+from hbserve.engine.graph_sizes import GraphSizes, captured_batch_sizes, draft_batch_sizes
 from hbserve.engine.pending_step import StepTimer
-from hbserve.engine.rounds.device_rounds import DeviceRounds, RoundInputs
+from hbserve.engine.rounds.graph_rounds import GraphRounds, StepGraph, max_end
 from hbserve.engine.sampler import Sampled, sample
 from hbserve.engine.sampling_batch import samples_of, sampling_arrays, sampling_batch
-from hbserve.engine.sequence_table import UNKNOWN_POSITION, SequenceTable
+from hbserve.engine.sequence_table import FED_BACK, UNKNOWN_POSITION, SequenceTable
 from hbserve.engine.staging import STEP_FIELDS, StepInputs, to_device
 from hbserve.engine.step_board import StepBoard
 from hbserve.messages.worker import PlanRow
 from hbserve.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
-
-_FED_BACK = -1
-
-
-@dataclass(frozen=True)
-class _Graph:
-    graph: Any
-    token_ids: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Repeatable:
-    """A step that was launched, and whose next round follows from what the device has."""
-
-    graph: _Graph
-    rounds: DeviceRounds
-    num_rows: int
-    num_logprobs: list[int]
 
 
 class DecodeGraphs:
@@ -70,6 +51,7 @@ class DecodeGraphs:
 
     Attributes:
         sizes: the batch sizes with and without a graph.
+        rounds: of the step that was launched last.
     """
 
     def __init__(
@@ -96,8 +78,8 @@ class DecodeGraphs:
         # All graphs share it: a step reads it, if at all, before the next replay.
         self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.num_logits)
         self._sample_counters = torch.zeros(table.max_num_seqs, dtype=torch.int32, device=device)
-        self._graphs: dict[int, _Graph] = {}
-        self._repeatable: _Repeatable | None = None
+        self._graphs: dict[int, StepGraph] = {}
+        self.rounds = GraphRounds(self._inputs, self._block_size, max_seq_len, table.vocab_size)
         self._capture_first(device, defers)
 
     @property
@@ -116,8 +98,7 @@ class DecodeGraphs:
         for size in self.sizes.first:
             run_through(self.capture(size))
         if not self._feeds_every_row:  # compile it now, on padding
-            padding = PlanRow(self._table.padding_slot, 0, 1, [0], [], True)
-            self._device_rounds([padding], np.zeros(1, np.int32), 1).advance(self._inputs.tensor("token_ids", 1))
+            self.rounds.prepare(PlanRow(self._table.padding_slot, 0, 1, [0], [], True))
         used = before - torch.cuda.mem_get_info(device)[0]
         seconds = time.perf_counter() - started
         logger.info(
@@ -145,13 +126,13 @@ class DecodeGraphs:
         finally:
             self._graphs[size] = whole
 
-    def _capture(self, size: int, pool: Any, layers: list[int] | None = None) -> Parts[_Graph]:
+    def _capture(self, size: int, pool: Any, layers: list[int] | None = None) -> Parts[StepGraph]:
         self._begin(size)
         run_to_capture(lambda: self._step(size, self._decoder.typical_layers))
         yield
         graph: Any = torch.cuda.CUDAGraph()
         token_ids = yield from capture_in_parts(graph, pool, self._step_parts(size, layers))
-        return _Graph(graph, token_ids)
+        return StepGraph(graph, token_ids)
 
     def _begin(self, size: int) -> None:
         """Prepare a step of padding."""
@@ -192,7 +173,7 @@ class DecodeGraphs:
             yield from self._decoder.pass_layers(stream, positions, self._attention, layers=layers)
             logits = self._decoder.stream_logits(stream, self._logits[:size])
         else:
-            is_fed_back = given == _FED_BACK
+            is_fed_back = given == FED_BACK
             token_ids = torch.where(is_fed_back, last[slots], given)
             sampled_after = positions + HEAD_LAG
             hidden = self._head.forward(token_ids, positions, self._attention, is_fed_back, slots)
@@ -227,7 +208,7 @@ class DecodeGraphs:
         """Launch a step that `fits`; its blocks have been appended.
 
         Args:
-            rounds: how often the step may be done, at most. If its rows allow it, `repeat` launches the others.
+            rounds: how often the step may be done, at most. If its rows allow it, `rounds.repeat` launches the others.
             take_turn: called when everything is prepared; the device may begin when it returns. It returns the board
                 with the tokens that other workers have sampled.
             timer: started when the device gets its work.
@@ -248,12 +229,12 @@ class DecodeGraphs:
         slots, row_starts, ends = np.ascontiguousarray(places[samples.rows].T)
         starts = ends - 1 - samples.before_end
         plain = table.plain_sampling[slots] & (starts + 1 >= table.min_end_positions[slots])
-        repeats = rounds > 1 and bool(plain.all()) and self._may_repeat(rows, rounds)
+        repeats = rounds > 1 and not self._feeds_every_row and bool(plain.all()) and self.rounds.allow(rows, rounds)
         last = starts
         if repeats:  # pages and pieces reach as far as the rows can get
-            max_ends = np.array([_max_end(row, rounds) for row in rows], np.int64)[samples.rows]
+            max_ends = np.array([max_end(row, rounds) for row in rows], np.int64)[samples.rows]
             last = max_ends - 1 - samples.before_end
-        self._check(slots, last)
+        table.check_pages(slots, last // self._block_size)
 
         page_of_token = starts // self._block_size
         block_tables = table.block_tables[slots, : int(last.max()) // self._block_size + 1]
@@ -285,16 +266,14 @@ class DecodeGraphs:
         if with_guesses is not None:
             token_ids = _token_ids(with_guesses())
             self._inputs.fill_in_tokens(token_ids)
-        self._check_tokens(slots, starts, token_ids)
+        table.check_tokens(slots, starts, token_ids)
         timer.start()
         self._inputs.copy()
         graph.graph.replay()
         samples.note_positions(table, slots, starts + 1)
         num_logprobs = table.num_logprobs[slots].tolist()
         if repeats:
-            last_rows = np.cumsum([row.num_samples for row in rows]) - 1
-            device_rounds = self._device_rounds(rows, pages.indptr[last_rows], size)
-            self._repeatable = _Repeatable(graph, device_rounds, num_rows, num_logprobs)
+            self.rounds.begin(graph, rows, pages.indptr, size, num_rows, num_logprobs)
             table.next_positions[slots] = UNKNOWN_POSITION  # how many rounds count, only the results say
         if plain.all():
             return Sampled(graph.token_ids[:num_rows], None), num_logprobs
@@ -322,14 +301,8 @@ class DecodeGraphs:
         """
         table, slot, start = self._table, row.slot, row.start
         page, offset = divmod(start, self._block_size)
-        assert 0 <= slot < table.max_num_seqs, f"slot {slot} is out of range"
-        assert table.installed[slot], "a slot has no sequence"
-        assert page < table.num_table_blocks[slot], "a position is beyond its blocks"
-        token = _FED_BACK if row.token_ids is None else row.token_ids[0]
-        assert token < table.vocab_size, "a token id is outside the vocabulary"
-        assert token != _FED_BACK or table.next_positions[slot] == start, (
-            "a slot has sampled no token for the position it starts at"
-        )
+        token = FED_BACK if row.token_ids is None else row.token_ids[0]
+        table.check_row(slot, start, page, token)
         blocks = table.block_tables[slot, : page + 1]
         values = {
             "token_ids": token,
@@ -369,9 +342,9 @@ class DecodeGraphs:
         numbers, ends = np.arange(max(counts))[:, None], np.array(counts)
         positions = starts + np.minimum(numbers, ends - 1)
         last = positions[-1]
-        self._check(slots, last)
-        fed_back = np.full(num_rows, _FED_BACK, np.int64)
-        self._check_tokens(slots, starts, fed_back)
+        table.check_pages(slots, last // self._block_size)
+        fed_back = np.full(num_rows, FED_BACK, np.int64)
+        table.check_tokens(slots, starts, fed_back)
         block_tables = table.block_tables[slots, : int(last.max()) // page + 1]
         blocks = block_tables[np.arange(num_rows), positions // page].astype(np.int64)
         stored = np.where(numbers < ends, blocks * page + positions % page, -1)
@@ -404,87 +377,10 @@ class DecodeGraphs:
         table.next_positions[slots] = UNKNOWN_POSITION
         return sampled
 
-    def _may_repeat(self, rows: list[PlanRow], rounds: int) -> bool:
-        """Whether all rounds can be launched before a result is known; their samples must be plain."""
-        return (
-            not self._feeds_every_row
-            and all(row.token_ids is not None for row in rows)
-            and max(_max_end(row, rounds) for row in rows) <= self._max_seq_len
-        )
-
-    def _device_rounds(self, rows: list[PlanRow], first_pages: npt.NDArray[np.int32], size: int) -> DeviceRounds:
-        tensor = self._inputs.tensor
-        inputs = RoundInputs(
-            token_ids=tensor("token_ids", size),
-            positions=tensor("positions", size),
-            num_stored=tensor("num_stored", size),
-            slot_mapping=tensor("slot_mapping", size),
-            indices=self._inputs.indices,
-            block_size=self._block_size,
-        )
-        return DeviceRounds(rows, inputs, first_pages, self._table.vocab_size)
-
-    @property
-    def can_repeat(self) -> bool:
-        """Whether `repeat` can launch the next round of the step that was launched last."""
-        return self._repeatable is not None
-
-    def end_rounds(self) -> None:
-        """Note that another step is about to be launched."""
-        self._repeatable = None
-
-    def repeat(self) -> tuple[Sampled, list[int]]:
-        """Launch the next round of the last step, before its result is known. The caller counts the rounds.
-
-        Returns:
-            As `launch`. The tokens count for nothing if the round before has ended the step.
-        """
-        step = self._repeatable
-        assert step is not None, "the next round's plan must be computed from the result"
-        step.rounds.advance(step.graph.token_ids)
-        step.graph.graph.replay()
-        return Sampled(step.graph.token_ids[: step.num_rows], None), step.num_logprobs
-
-    def _check(self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> None:
-        """Fail on a plan that contradicts the table, a bug of the scheduler: on a GPU it would read other memory."""
-        table = self._table
-        assert slots.min() >= 0, "a slot is negative"
-        assert slots.max() < table.max_num_seqs, f"slot {slots.max()} is out of range"
-        assert table.installed[slots].all(), "a slot has no sequence"
-        assert (starts < table.num_table_blocks[slots] * self._block_size).all(), "a position is beyond its blocks"
-
-    def _check_tokens(
-        self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64]
-    ) -> None:
-        table = self._table
-        assert token_ids.max() < table.vocab_size, "a token id is outside the vocabulary"
-        fed_back = token_ids == _FED_BACK
-        assert (table.next_positions[slots[fed_back]] == starts[fed_back]).all(), (
-            "a slot has sampled no token for the position it starts at"
-        )
-
-
-def _max_end(row: PlanRow, rounds: int) -> int:
-    """Return the position behind all that a row can compute in its rounds; in each it starts before its stop."""
-    length = row.num_samples
-    return max(row.start + length, min(row.start + rounds * length, row.stop - 1 + length))
-
-
-def captured_batch_sizes(max_rows: int) -> list[int]:
-    """Return the batch sizes to capture, up to ``max_rows``: dense where padding would cost most."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 32, 32)]
-    return [*(size for size in sizes if size < max_rows), max_rows]
-
-
-def draft_batch_sizes(max_rows: int) -> list[int]:
-    """Return the batch sizes to capture for a draft model: its steps are short, and all are captured at the start."""
-    sizes = [1 << power for power in range(max_rows.bit_length())]
-    return [*(size for size in sizes if size < max_rows), max_rows]
-
 
 def _token_ids(rows: list[PlanRow]) -> npt.NDArray[np.int64]:
     """Return the tokens of rows, one after the other."""
-    fed_back = (_FED_BACK,)
+    fed_back = (FED_BACK,)
     return np.array([token for row in rows for token in (row.token_ids or fed_back)], np.int64)
 
 

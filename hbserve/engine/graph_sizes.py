@@ -109,3 +109,15 @@ def first_sizes(sizes: list[int]) -> list[int]:
         if not first or size >= _FIRST_RATIO * first[-1] or size == sizes[-1]:
             first.append(size)
     return first[::-1]
+
+
+def captured_batch_sizes(max_rows: int) -> list[int]:
+    """Return the batch sizes to capture, up to ``max_rows``: dense where padding would cost most."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 32, 32)]
+    return [*(size for size in sizes if size < max_rows), max_rows]
+
+
+def draft_batch_sizes(max_rows: int) -> list[int]:
+    """Return the batch sizes to capture for a draft model: its steps are short, and all are captured at the start."""
+    sizes = [1 << power for power in range(max_rows.bit_length())]
+    return [*(size for size in sizes if size < max_rows), max_rows]

@@ -387,10 +387,10 @@ class ModelRunner:
         Returns:
             None: the next round's plan must be computed from the result, and launched.
         """
-        if self._graphs is None or not self._graphs.can_repeat:
+        if self._graphs is None or not self._graphs.rounds.can_repeat:
             return None
         timer = StepTimer(self.platform.device)
-        pending = PendingStep(plan, *self._graphs.repeat(), timer)
+        pending = PendingStep(plan, *self._graphs.rounds.repeat(), timer)
         if self._expert_loads is not None:
             pending.expert_tokens = self._expert_loads.poll()
         return pending
@@ -398,7 +398,7 @@ class ModelRunner:
     def _launch(self, plan: StepPlan, on_stored: Callable[[int], None]) -> PendingStep:
         timer = StepTimer(self.platform.device)
         if self._graphs is not None:
-            self._graphs.end_rounds()
+            self._graphs.rounds.end()
         for state in plan.new_sequences:
             self._table.install(state)
         self._delays.on_installed(state.slot for state in plan.new_sequences)

@@ -11,6 +11,9 @@ from hbserve.engine.penalties import Penalties, TokenCounts
 from hbserve.messages.worker import PlanRow, SequenceState
 
 UNKNOWN_POSITION = -1
+FED_BACK = -1
+"""In place of a row's token: the one that its slot has sampled last."""
+_NOT_SAMPLED = "a slot has sampled no token for the position it starts at"
 _MIN_TOP_P = 1e-30  # less could be 0 in float32, which would drop even the most likely token
 
 
@@ -71,6 +74,33 @@ class SequenceTable:
         self.logit_bias: list[dict[int, float]] = [{} for _ in range(max_num_seqs)]
         self.allowed_words: dict[int, npt.NDArray[np.int32]] = {}
         self.grammars = GrammarTable(max_num_seqs, vocab_size, tokenizer_folder)
+
+    def check_pages(self, slots: npt.NDArray[np.int64], pages: npt.NDArray[np.int64]) -> None:
+        """Fail on rows that contradict the table, a bug of the scheduler: on a GPU they would read other memory.
+
+        Args:
+            pages: places in the block tables, of the last position that each row computes.
+        """
+        assert slots.min() >= 0, "a slot is negative"
+        assert slots.max() < self.max_num_seqs, f"slot {slots.max()} is out of range"
+        assert self.installed[slots].all(), "a slot has no sequence"
+        assert (pages < self.num_table_blocks[slots]).all(), "a position is beyond its blocks"
+
+    def check_tokens(
+        self, slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64]
+    ) -> None:
+        """Fail likewise on tokens that the device does not have."""
+        assert token_ids.max() < self.vocab_size, "a token id is outside the vocabulary"
+        fed_back = token_ids == FED_BACK
+        assert (self.next_positions[slots[fed_back]] == starts[fed_back]).all(), _NOT_SAMPLED
+
+    def check_row(self, slot: int, start: int, page: int, token: int) -> None:
+        """Check the only row of a step, as `check_pages` and `check_tokens` do; ``page`` is that of ``start``."""
+        assert 0 <= slot < self.max_num_seqs, f"slot {slot} is out of range"
+        assert self.installed[slot], "a slot has no sequence"
+        assert page < self.num_table_blocks[slot], "a position is beyond its blocks"
+        assert token < self.vocab_size, "a token id is outside the vocabulary"
+        assert token != FED_BACK or self.next_positions[slot] == start, _NOT_SAMPLED
 
     def install(self, state: SequenceState) -> None:
         """Put a sequence into its slot, in place of the one before."""

@@ -1,7 +1,7 @@
 """A linear layer, whatever its weights are kept in: the seam between the forward pass and weight schemes.
 
 A scheme is a subclass of `Linear` with its parameters, and computes in plain torch. A GPU's kernels for it are a
-`LinearKernels`, which `hbserve.layers.ops.FusedOps` looks up by the class.
+`LinearKernels`, which `hbserve.layers.fused_ops.FusedOps` looks up by the class.
 """
 
 from __future__ import annotations

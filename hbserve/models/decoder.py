@@ -13,6 +13,7 @@ Families differ in the norms, in the activation and in factors (`hbserve.model_f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -23,11 +24,13 @@ from torch import Tensor
 from hbserve.attention.base import Attention
 from hbserve.layers.experts import ExpertWeights
 from hbserve.layers.linear import Linear, PlainLinear
-from hbserve.layers.ops import HeadNorms, ResidualStream, select_ops
+from hbserve.layers.ops import HeadNorms, LayerOps, ResidualStream, has_triton
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.model_spec import ModelSpec
 from hbserve.models.schemes import make_linear
 from hbserve.weight_format import Fp8Format
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Decoder:
         self.taps: LayerTaps | None = None
         # transformers rounds the factor of the embeddings to the model's dtype
         self._embedding_scale = self.embedding.new_tensor(spec.scales.embedding, device="cpu").item()
-        self._ops = select_ops(spec, self.embedding.device, self.parallel)
+        self._ops = _select_ops(spec, self.embedding.device, self.parallel)
         self.layers = []
         for layer in range(spec.num_layers):
             prefix = f"layers.{layer}."
@@ -281,3 +284,19 @@ class Decoder:
     def all_logits(self, shard: Tensor) -> Tensor:
         """Gather logits ``[rows, vocab]`` from all ranks' `shard_logits`."""
         return join_vocab_shards(self.parallel.gather(shard), self.spec.vocab_size, self.parallel.size)
+
+
+def _select_ops(spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> LayerOps:
+    """Choose `FusedOps` if Triton can compile for ``device`` and the kernels know the model, else `LayerOps`."""
+    if not has_triton(device):
+        return LayerOps(spec, device, parallel)
+    if spec.unfused_features:
+        logger.info(
+            "%s runs on plain torch operations, which are slower: there are no fused kernels for %s",
+            spec.architecture,
+            ", ".join(spec.unfused_features),
+        )
+        return LayerOps(spec, device, parallel)
+    from hbserve.layers.fused_ops import FusedOps
+
+    return FusedOps(spec, device, parallel)
