@@ -109,6 +109,16 @@ class InstanceHandle:
 
     # --- memory ----------------------------------------------------------------------------------
 
+    @property
+    def num_short_of_a_block(self) -> int:
+        """Number of decoding sequences whose next token has no block yet."""
+        return sum(
+            sequence.decode_allocation is allocation
+            and allocation.lacks_block
+            and allocation.num_planned + 1 < sequence.max_total_tokens
+            for sequence, allocation in self.allocations.items()
+        )
+
     def reset(self) -> None:
         """Forget the pool's memory, which is gone, and all allocations in it."""
         self.arena_epoch = 0

@@ -194,6 +194,13 @@ class KVAllocation:
         """Prompt tokens that a plan may have now; at most 0: there is none."""
         return (self.num_tokens_at_entry if self.load_start is None else self.load_start) - self.num_planned
 
+    @property
+    def lacks_block(self) -> bool:
+        """Whether the next position to decode lies in a block that has not been allocated."""
+        return self.num_planned >= self.num_tokens_at_entry and self.num_planned // self.pool.block_size >= len(
+            self.block_ids
+        )
+
     def begin_row(self, worker_id: str, keeps_state: bool) -> None:
         """Pin the blocks for a row that goes to a worker.
 

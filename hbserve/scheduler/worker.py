@@ -16,7 +16,6 @@ from hbserve.speculation.measured_gain import GainMeter
 _ROUND_TRIP_S = 3e-3
 """A round trip (result out, scheduling, plan in, launch) takes 1 to 3 ms: its six threads wake one after the other."""
 _MAX_MORE_PLANS = 3
-_SHORT_STEP_S = 2e-3
 
 
 @dataclass(slots=True)
@@ -134,8 +133,6 @@ class WorkerHandle:
 
     def pipeline_depth(self, configured: int) -> int:
         """Return the number of plans to have in flight: more where a round trip takes longer than a step."""
-        if self.cell is not None:  # workers that take turns on one memory hand sequences over between their plans
-            return configured + (0 < self.last_step_s < _SHORT_STEP_S)
         if self.last_step_s <= 0:
             return configured
         return configured + min(_MAX_MORE_PLANS, int(_ROUND_TRIP_S / self.last_step_s))

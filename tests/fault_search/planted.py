@@ -28,12 +28,12 @@ from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.sequence import KVAllocation, Phase, Sequence
 from hbserve.scheduler.steps import step_builder, step_planner
 from hbserve.scheduler.steps.decode_planner import DecodePlanner
-from hbserve.scheduler.tiers.copies import KVLoad
+from hbserve.scheduler.tiers.copies import Copies, KVLoad
 from hbserve.scheduler.tiers.lookups import TierLookups
-from hbserve.scheduler.tiers.tracker import KVTiers
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.scheduler.worker_registry import WorkerRegistry
+from hbserve.speculation import rounds
 
 Patch = pytest.MonkeyPatch
 PLANTED: dict[str, Callable[[Patch], None]] = {}
@@ -350,7 +350,7 @@ def a_wrong_guess_is_accepted(patch: Patch) -> None:
         accepted = original(draft, sampled)
         return list(sampled[: len(accepted) + 1])
 
-    original = step_results.accepted_tokens
+    original = rounds.accepted_tokens
     patch.setattr(step_results, "accepted_tokens", accepted_tokens)
 
 
@@ -448,14 +448,14 @@ def a_late_lookup_is_never_given_up(patch: Patch) -> None:
 
 @_plant
 def what_a_lookup_has_found_is_believed(patch: Patch) -> None:
-    def on_result(self: KVTiers, worker: WorkerHandle, result: TierResult) -> KVLoad | None:
+    def on_result(self: Copies, worker: WorkerHandle, result: TierResult) -> KVLoad | None:
         job = self._jobs.get(result.job_id)
         if job is not None and job.load is not None and not all(entry.checksums for entry in job.entries):
             result = msgspec.structs.replace(result, failures={})
         return original(self, worker, result)
 
-    original = KVTiers.on_result
-    patch.setattr(KVTiers, "on_result", on_result)
+    original = Copies.on_result
+    patch.setattr(Copies, "on_result", on_result)
 
 
 @_plant

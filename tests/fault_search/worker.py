@@ -130,7 +130,7 @@ class Worker(Process):
         self._held: deque[tuple[Line, InstanceCommand]] | None = None  # commands that wait for an epoch to begin
         self._plans: deque[StepPlan] = deque()
         self._running: StepPlan | None = None
-        self._lost: set[StepRef] = set()
+        self._lost: dict[int, int] = {}  # by cell: the last step that will never be done, as on a real board
         self._slots: dict[int, _Slot] = {}
         world.listeners[address] = self
 
@@ -164,7 +164,8 @@ class Worker(Process):
         self.epoch = self.world.new_number()
         self._held = deque()
         if is_another:
-            self._lost.update(plan.after for plan in self._plans if plan.after is not None)
+            for plan in self._plans:
+                self._note_lost(plan.after)
         self._start_next()
         self._begin_epoch()
 
@@ -231,7 +232,7 @@ class Worker(Process):
                 self._plans.append(command)
                 self._start_next()
             case StepLost(step):
-                self._lost.add(step)
+                self._note_lost(step)
                 self._start_next()
             case Shutdown():
                 self._is_dismissed = True
@@ -254,13 +255,21 @@ class Worker(Process):
 
     # --- steps -----------------------------------------------------------------------------------
 
+    def _note_lost(self, step: StepRef | None) -> None:
+        """Note that a worker has ended: neither this step nor an earlier one of it will be done."""
+        if step is not None:
+            self._lost[step.cell] = max(step.step_id, self._lost.get(step.cell, 0))
+
+    def _is_to_come(self, step: StepRef) -> bool:
+        return max(self._lost.get(step.cell, 0), self.arena.cells.get(step.cell, 0)) < step.step_id
+
     def _start_next(self) -> None:
         while self._running is None and self._plans:
             plan, after = self._plans[0], self._plans[0].after
             if plan.epoch != self.epoch:  # launched steps finish, others are dropped
                 self._plans.popleft()
                 continue
-            if after is not None and after not in self._lost and self.arena.cells.get(after.cell, 0) < after.step_id:
+            if after is not None and self._is_to_come(after):
                 self.world.on_awaited(after)
                 self.arena.waiters.append(lambda: self.do(self._start_next))
                 return
@@ -340,9 +349,9 @@ class Worker(Process):
         for index in range(row.num_samples):
             place = end - row.num_drafts + index
             forbidden = slot.end_token_ids if place < slot.min_end_position else ()
-            contents = [self.arena.read(slot.table, position) for position in range(place)]
+            before_it = [self.arena.read(slot.table, position) for position in range(place)]
             history = None if slot.history is None else [*slot.history, *drafts[:index]]
-            sampled.append(next_token(contents, slot.sampling.seed or 0, history, forbidden))
+            sampled.append(next_token(before_it, slot.sampling.seed or 0, history, forbidden))
         if slot.sampling.grammar is not None and row.num_drafts and self.world.rng.random() < 0.25:
             last = self.world.rng.randint(1, row.num_drafts)  # the masks from here on are late
             sampled[last:] = [NO_TOKEN] * (len(sampled) - last)

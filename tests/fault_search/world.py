@@ -301,8 +301,8 @@ class World:
                 )
                 self.from_client(b"operator", self.scheduler.number, message)
             case "join" if len(self._joiners) < _MAX_JOINERS:
-                roles = [self.launchers[0].role] if self.scenario.mode == "unified" else [*_ROLES]
-                self.launchers.append(Joiner(self, len(self._joiners), roles[number % len(roles)]))
+                joined_as = [self.launchers[0].role] if self.scenario.mode == "unified" else [*_ROLES]
+                self.launchers.append(Joiner(self, len(self._joiners), joined_as[number % len(joined_as)]))
             case "leave" if self._joiners:
                 for worker in self._joiners[number % len(self._joiners)].workers:
                     worker.wants_to_leave = True
@@ -363,7 +363,9 @@ class World:
 
     def _start_scheduler(self, number: int) -> None:
         self.scheduler = SchedulerProcess(self, number)
-        for client in (*self.clients.values(), *([] if self.supervisor is None else [self.supervisor])):
+        clients: list[Client | Supervisor] = [*self.clients.values()]
+        clients += [] if self.supervisor is None else [self.supervisor]
+        for client in clients:
             self.after(self.rng.uniform(0.0, 0.05), client.on_new_scheduler)
 
     # --- the run ---------------------------------------------------------------------------------

@@ -201,7 +201,10 @@ class Admission:
         pool = instance.pool
         decodes = instance.role.decodes or instance.choice.finishes_decodes
         num_running = instance.num_sequences if decodes else 0
-        pool.decode_headroom_blocks = num_running * -(-self._headroom_tokens // pool.block_size)
+        headroom = num_running * -(-self._headroom_tokens // pool.block_size)
+        # Even without headroom, a new request must not take the block that a running sequence waits for: that one
+        # would preempt it, and wait for the block again while a copy from a tier pins it.
+        pool.decode_headroom_blocks = headroom or instance.num_short_of_a_block
         usable_tokens = len(sequence.tokens) - 1 if prefills else len(sequence.tokens)
         if prefills and sequence.lacks_prompt_logprobs:
             usable_tokens = sequence.num_scored

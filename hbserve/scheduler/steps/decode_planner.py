@@ -204,7 +204,7 @@ class DecodePlanner:
             return 1
         if draft is not None and draft.num_to_draft and position - allocation.num_read > MAX_DRAFT_TOKENS:
             return 1  # the draft model reads first
-        if position // allocation.pool.block_size >= len(allocation.block_ids):
+        if allocation.lacks_block:
             return 1
         # the last round that counts starts before the end of the output, and computes as much as all others
         longest = sequence.max_total_tokens - 2 - position + length
@@ -229,9 +229,7 @@ class DecodePlanner:
         known = position < len(sequence.tokens)
         if not known and (sequence.has_grammar or allocation.is_drafting):
             return  # the unknown token decides which tokens may come next, or where the next row starts
-        if position // allocation.pool.block_size >= len(allocation.block_ids) and not self._grow(
-            instance, sequence, allocation
-        ):
+        if allocation.lacks_block and not self._grow(instance, sequence, allocation):
             return
         if draft.num_to_draft:
             draft = self._read(step, sequence, allocation, draft)

@@ -281,6 +281,8 @@ def test_a_worker_has_its_plan_before_the_step_of_another_is_done(pair: Pair) ->
     parts, first, second = pair
     [ahead], [plan] = parts.plans(first), parts.plans(second)
     assert (ahead.after, [row.token_ids for row in ahead.rows]) == (None, [[7], [7]])
+    assert ahead.cell is not None
+    assert plan.cell is not None
     assert plan.after == StepRef(cell=ahead.cell, step_id=ahead.step_id)
     assert [(row.token_ids, row.sampled_elsewhere) for row in plan.rows] == [(None, True)] * 2
     assert parts.decode(second)
@@ -368,12 +370,12 @@ def test_a_wait_on_the_board_ends_when_the_step_is_done_or_lost() -> None:
         reader.with_tokens([msgspec.structs.replace(following[0], start=11)])
     lost = threading.Thread(target=reader.wait, args=[StepRef(cell=3, step_id=51)], daemon=True)
     lost.start()
-    reader.on_step_lost(StepRef(cell=3, step_id=51))
+    reader.on_step_lost(StepRef(cell=3, step_id=53))  # and all before it
     lost.join(20)
     assert not lost.is_alive()
     reader.limit_waits(0.0)
     with pytest.raises(TimeoutError):
-        reader.wait(StepRef(cell=3, step_id=52))
+        reader.wait(StepRef(cell=3, step_id=54))
 
 
 def answer(parts: SchedulerParts, *token_ids: int, errors: dict[int, str] | None = None) -> None:
@@ -438,3 +440,22 @@ def test_best_effort_requests_give_their_place_to_others() -> None:
     [plan] = parts.plans(parts.worker)[1:]
     assert len(plan.rows) == 8, "there is time for all"
     assert not parts.requests.admit(batch[5])
+
+
+def test_a_new_request_does_not_take_the_block_that_a_running_one_waits_for() -> None:
+    """Else that one preempts it and waits for the block anew, for ever if a copy from a tier pins it each time."""
+    parts = SchedulerParts(decode_headroom_tokens=0, enable_prefix_caching=False)
+    running, other = parts.add("running"), parts.add("other", max_tokens=1)
+    assert parts.requests.admit(running)
+    parts.steps(1)
+    allocation = parts.instance.allocations[running]
+    while not allocation.lacks_block:
+        parts.steps(1)
+    assert parts.instance.num_short_of_a_block == 1
+    pool = parts.instance.pool
+    pool.allocate_blocks("others", pool.num_free_blocks - 2)
+    assert not parts.requests.admit(other)  # which would take the last two
+    parts.steps(1)
+    assert not allocation.lacks_block
+    parts.requests.finish(running, "abort")
+    assert parts.requests.admit(other)
