@@ -222,6 +222,7 @@ class Runner:
             installed = began
             try:
                 folder = self._folder / name
+                command: list[str | Path]
                 if client.packages:
                     command = [await install_python(folder, client.packages), HERE / client.program]
                 else:

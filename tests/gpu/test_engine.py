@@ -165,7 +165,8 @@ def test_answers_are_right_while_graphs_are_captured_and_after(
         assert right >= 0.95 * count - 1
         return [output["token_ids"] for output in outputs]
 
-    with LLM(DEMO, **({"mode": "unified", "max_num_seqs": 64} | SETTINGS | options | {"log_level": "INFO"})) as llm:
+    settings: dict[str, Any] = {"mode": "unified", "max_num_seqs": 64} | SETTINGS | options
+    with LLM(DEMO, **settings | {"log_level": "INFO"}) as llm:
         first = answers(llm, 60)
         deadline = time.monotonic() + 100
         while "captured the remaining graphs of decode steps" not in seen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def parameters(experts: Experts, skew: float, hidden: int = HIDDEN) -> ExpertWei
 
 def quantised(weights: ExpertWeights, has_blocks: bool, block_rows: int = 8) -> ExpertWeights:
     """Return the same parameters in FP8, with scales of rows or of blocks of ``block_rows`` x 128."""
-    parts: dict[str, torch.Tensor] = {}
+    parts: dict[str, Any] = {}
     for name in ("up", "down"):
         matrix = getattr(weights, name).float()
         if has_blocks:

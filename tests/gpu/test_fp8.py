@@ -180,7 +180,7 @@ def test_triton_attention_equals_the_reference(
 
 @pytest.mark.parametrize("num_tokens", [1, 70])
 def test_an_expert_of_every_token_is_quantised(num_tokens: int, tmp_path: Path) -> None:
-    shape = {"hidden_size": 256, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
+    shape: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
     save_model(tmp_path, "qwen2_moe", **shape, num_hidden_layers=1, mlp_only_layers=[])
     token_ids = random_tokens(num_tokens)
     platform = make_platform("cuda", gpu_id=0, num_threads=1, num_instances=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,15 +63,11 @@ async def test_both_directions_at_once_lose_nothing() -> None:
     before = arena[:count].clone()
     results: asyncio.Queue[TierResult] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    tiers = RankTiers(
-        KVCacheConfig(),
-        owner.memory,
-        platform,
-        arena,
-        0,
-        1,
-        lambda result: loop.call_soon_threadsafe(results.put_nowait, result),
-    )
+
+    def report(result: TierResult) -> None:
+        loop.call_soon_threadsafe(results.put_nowait, result)
+
+    tiers = RankTiers(KVCacheConfig(), owner.memory, platform, arena, 0, 1, report)
     slots, keys = list(reversed(range(count))), [b"%d" % slot for slot in range(count)]
     blocks, others = torch.randperm(count).tolist(), (count + torch.randperm(count)).tolist()
     checksums: list[list[int]] = []
@@ -99,7 +96,7 @@ def test_answers_are_the_same_with_a_store(model: tuple[str, list[Case]], tmp_pa
     pytest.importorskip("mooncake.store")
     folder, cases = model
     with running_store(tmp_path) as store:
-        settings = {"mode": "unified", "device": "cuda", "store": store.settings}
+        settings: dict[str, Any] = {"mode": "unified", "device": "cuda", "store": store.settings}
         check_answers(folder, cases, **settings, expects_stored=False)
         check_answers(folder, cases, **settings)
 
@@ -122,7 +119,8 @@ async def test_blocks_of_a_gpu_pass_through_the_hosts_memory_to_a_tier_by_name()
     stored = await asyncio.wait_for(results.get(), 60.0)
     assert not stored.failures
     DictTier.kept[min(DictTier.kept)][5000] ^= 1
-    for checksums in (stored.checksums, [[] for _ in keys]):
+    unchecked: list[list[int]] = [[] for _ in keys]
+    for checksums in (stored.checksums, unchecked):
         arena[200:].zero_()
         tiers.handle(
             LoadBlocks(

@@ -42,10 +42,10 @@ class BreaksOneStepOfRank1(StreamKVTransfer):
             return
         marker.touch()
 
-        def launch(runner: ModelRunner, plan: StepPlan) -> PendingStep:
+        def launch(runner: ModelRunner, plan: StepPlan, on_stored: object = None) -> PendingStep:
             raise RuntimeError("a wire is loose")
 
-        ModelRunner.launch = launch  # type: ignore[method-assign]
+        ModelRunner.launch = launch  # type: ignore[assignment, method-assign]
 
 
 class CannotStartOnRank1(StreamKVTransfer):

@@ -143,7 +143,7 @@ def use() -> None:
     """Have this process' children forked by the server of `ADDRESS_VARIABLE`, if there is one."""
     from hbserve.process import parent
 
-    parent.subprocess = types.SimpleNamespace(Popen=_popen, PIPE=subprocess.PIPE)  # type: ignore[attr-defined]
+    parent.subprocess = types.SimpleNamespace(Popen=_popen, PIPE=subprocess.PIPE)  # type: ignore[attr-defined, assignment]
 
 
 class ForkServer:

@@ -50,12 +50,14 @@ def write_gguf(
     writer.add_rope_dimension_count(head_dim)
     for key, value in metadata.items():
         name = f"{architecture}.{key.replace('__', '.')}"
-        {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)](name, value)
+        add: Any = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add(name, value)
     for key, value in (tokenizer or {}).items():
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
-            {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}[type(value)](key, value)
+            add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}[type(value)]
+            add(key, value)
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers
     )

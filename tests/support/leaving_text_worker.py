@@ -20,7 +20,7 @@ def main() -> None:
         file.write_text(f"{name} {int(left) - 1}")
         child.report_status({"ready": True})
         os._exit(3)
-    child.read_orders = lambda: orders  # type: ignore[assignment]
+    child.read_orders = lambda: orders
     text_worker.main()
 
 

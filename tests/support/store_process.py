@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ class StoreProcess:
 
     def __init__(self, process: subprocess.Popen[str], port: int, num_bytes: int) -> None:
         self.process = process
-        self.settings = {"master": f"127.0.0.1:{port}", "bytes": num_bytes}
+        self.settings: dict[str, Any] = {"master": f"127.0.0.1:{port}", "bytes": num_bytes}
+        self._num_bytes = num_bytes
 
     def pid_of(self, name: str) -> int | None:
         """Return the process id of ``mooncake_master`` or ``mooncake_client``; None: it does not run."""
@@ -55,7 +57,7 @@ class StoreProcess:
 
     def flip_bytes(self) -> int:
         """Change a byte in every 512 that the store holds and that are not zero; returns how many."""
-        begin, size = self._memory(), self.settings["bytes"]
+        begin, size = self._memory(), self._num_bytes
         changed = 0
         with open(f"/proc/{self.pid_of('mooncake_client')}/mem", "r+b", buffering=0) as memory:
             memory.seek(begin)
@@ -79,7 +81,7 @@ class StoreProcess:
             assert client.batch_put_from(["place"], [values.data_ptr()], [values.nbytes]) == [0]
             [replica] = client.get_replica_desc("place")
             address = int(replica.get_memory_descriptor().buffer_descriptor.buffer_address)
-            return address - address % int(self.settings["bytes"])
+            return address - address % self._num_bytes
         finally:
             client.close()
 

@@ -198,7 +198,11 @@ async def test_failed_transfers_are_done_again_and_end_in_a_typed_error_if_they_
 async def test_a_users_scheduling_policy_is_used(
     model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
 ) -> None:
-    settings = {"mode": "unified", "max_num_seqs": 1, "scheduler": "tests.support.newest_first:NewestFirst"}
+    settings: dict[str, Any] = {
+        "mode": "unified",
+        "max_num_seqs": 1,
+        "scheduler": "tests.support.newest_first:NewestFirst",
+    }
     async with system(model[0], **settings) as llm:
         finished: list[int] = []
 

@@ -156,7 +156,8 @@ def test_sources_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 async def test_limits_of_a_request(client: EngineClient, tokenizer: Tokenizer, scheduler: ScriptedScheduler) -> None:
-    gate, limits = FairGate(max_open=1), {"max_body_bytes": 1000, "max_prompt_tokens": 5, "request_timeout_s": 0.3}
+    gate = FairGate(max_open=1)
+    limits: dict[str, Any] = {"max_body_bytes": 1000, "max_prompt_tokens": 5, "request_timeout_s": 0.3}
     async with guarded(client, tokenizer, gate=gate, **limits) as server:
         http = server.http
         answer = await http.post("/v1/completions", json=BODY | {"user": "x" * 1000})

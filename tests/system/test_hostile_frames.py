@@ -39,7 +39,7 @@ def messages() -> list[Any]:
     plan = StepPlan(epoch=1, step_id=huge, rows=[], new_sequences=[], sends=[])
     row = PlanRow(slot=-5, start=-1, num_tokens=huge, token_ids=[-1], new_block_ids=[huge], sample=True)
     worker = WorkerSpec(worker_id="w", role=InstanceRole.DECODE, percentage=-1, address="nonsense")
-    shares = {"prefill_percentage": -1, "decode_percentage": 1000}
+    shares: dict[str, Any] = {"prefill_percentage": -1, "decode_percentage": 1000}
     return [
         AddRequest(request_id="", prompt_token_ids=[-1, huge], end_token_ids=[-huge], sampling=SamplingParams()),
         AddRequest(request_id="\n", prompt_token_ids=[], end_token_ids=[], sampling=SAMPLING),

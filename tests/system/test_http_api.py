@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from hbserve.config import ServerConfig
@@ -26,8 +27,6 @@ from tests.support.engines import assert_no_leaks, greedy_reference
 from tests.support.http_server import MODEL, USER, letters
 from tests.support.model_zoo import save_model
 from tests.support.scripted_scheduler import DEADLINE_S, Script, ScriptedScheduler, fails, output, tokens
-
-openai = pytest.importorskip("openai")
 
 
 def events(body: str) -> list[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from hbserve import __version__
@@ -19,8 +20,6 @@ from tests.support import tiny_tokenizers
 from tests.support.http_server import MODEL, USER, letters, served
 from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, tokens
 
-openai = pytest.importorskip("openai")
-
 TEMPLATE = (  # as TOOL_TEMPLATE, and with a variable for the effort of reasoning and the reasoning of earlier turns
     tiny_tokenizers.TOOL_TEMPLATE.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}")
     + "{% if reasoning_effort %}effort {{ reasoning_effort }}{% endif %}"
@@ -30,7 +29,7 @@ PARTS_TEMPLATE = (
     "{{ p['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "hello"}
 CALL: dict[str, Any] = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
@@ -249,7 +248,7 @@ def test_content_reaches_every_template_as_text_and_as_parts(tmp_path: Path, tem
     for role in ("user", "assistant", "system", "tool"):
         prompts = []
         for content in (TEXT, PARTS):
-            turns = [*USER, {"role": "assistant", "content": "x"}, {"role": role, "content": content}]
+            turns: list[Any] = [*USER, {"role": "assistant", "content": "x"}, {"role": role, "content": content}]
             if role == "assistant":
                 turns = [*USER, *turns[2:]]
             if "roles" in template and role in ("system", "tool"):  # the template takes no such role
@@ -295,10 +294,11 @@ async def test_values_that_ask_for_nothing_are_taken_for_every_parameter(
         schema = (await http.get("/openapi.json")).json()
         reference = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         known = schema["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
-        bodies = [dict.fromkeys(known, nothing) for nothing in (None, "", [], {})]
+        empty: tuple[Any, ...] = (None, "", [], {})
+        bodies: list[dict[str, Any]] = [dict.fromkeys(known, nothing) for nothing in empty]
         bodies += [
             dict.fromkeys(("vibes", "mirostat", "documents", "logits_processors"), nothing)
-            for nothing in (None, False, 0, 0.0, "", [], {})
+            for nothing in (*empty, False, 0, 0.0)
         ]
         bodies += [
             {"stop": [""]},
@@ -346,7 +346,8 @@ async def test_a_misspelt_sampling_parameter_is_refused_with_the_nearest_name(ht
         for path, start in (("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": USER})):
             error = await refused(http, path, **start, **{wrong: value})
             assert (error["param"], f"did you mean '{right}'" in error["message"]) == (wrong, True)
-    for name, value in (("use_beam_search", True), ("length_penalty", 2), ("functions", [{"name": "f"}])):
+    asked: dict[str, Any] = {"use_beam_search": True, "length_penalty": 2, "functions": [{"name": "f"}]}
+    for name, value in asked.items():
         error = await refused(http, "/v1/chat/completions", messages=USER, **{name: value})
         assert (error["param"], f"{name} is not supported" in error["message"]) == (name, True)
 

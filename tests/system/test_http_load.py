@@ -204,7 +204,7 @@ async def test_overload_is_refused_and_a_retry_is_served(model: tuple[Path, Any]
                 await asyncio.sleep(int(response.headers["Retry-After"]))
 
     async def seats_are_taken() -> bool:
-        return (await stats_of(http))["gpu_instances"]["unified-0"]["active_requests"] == 2
+        return bool((await stats_of(http))["gpu_instances"]["unified-0"]["active_requests"] == 2)
 
     instance = {"instance_id": "unified-0", "instance_type": "unified", "num_threads": 1}
     limits = {"num_blocks": 128, "max_num_seqs": 2, "max_waiting_requests": 4}

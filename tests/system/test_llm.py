@@ -241,7 +241,7 @@ def test_logprobs_come_with_the_tokens(llm: LLM, references: list[tuple[list[int
 
 def test_one_token_needs_no_decode(llm: LLM, references: list[tuple[list[int], list[int]]]) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    outputs = llm.generate((prompt for prompt, _ in references), sampling, use_tqdm=False)
+    outputs = llm.generate([prompt for prompt, _ in references], sampling, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == [tokens[:1] for _, tokens in references]
 
 

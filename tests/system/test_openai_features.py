@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
 import httpx
+import openai
 import pytest
 from pydantic import BaseModel, ConfigDict
 
@@ -25,7 +26,6 @@ from tests.support.paths import ROOT
 from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, tokens
 from tests.unit.server.test_tool_calls import TEMPLATES
 
-openai = pytest.importorskip("openai")
 pytest.importorskip("llguidance")
 
 DEMO_MODEL = ROOT / "examples" / "models" / "hbserve-demo"
@@ -146,7 +146,9 @@ async def _calls(answer: Any) -> tuple[list[tuple[str, str]], str | None]:
         [choice] = answer.choices
         calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
         return calls, choice.finish_reason
-    names, arguments, reason = {}, {}, None
+    names: dict[int, str] = {}
+    arguments: dict[int, str] = {}
+    reason = None
     async for chunk in answer:
         [choice] = chunk.choices
         reason = choice.finish_reason or reason
@@ -202,7 +204,7 @@ async def test_forced_calls_have_an_object_of_arguments(
 ) -> None:
     """Whatever the schema says or leaves out about the type."""
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
-    await api.chat.completions.create(model=MODEL, messages=USER, tools=[tool], tool_choice=FORCED)  # type: ignore[list-item, arg-type]
+    await api.chat.completions.create(model=MODEL, messages=USER, tools=[tool], tool_choice=FORCED)
     grammar = scheduler.requests[-1].sampling.grammar
     assert grammar is not None
     vocabulary = Vocabulary(read_vocabulary(tokenizer.path), tokenizer.vocab_size + 1)
@@ -435,7 +437,7 @@ async def test_a_costly_grammar_ends_alone(real_api: openai.AsyncOpenAI, llm: LL
     async def attack(grammar: str) -> None:
         body = {"model": MODEL, "messages": USER, "max_tokens": 400, "seed": 1, "extra_body": {"grammar": grammar}}
         with pytest.raises(openai.APIStatusError, match="grammar") as caught:
-            await real_api.chat.completions.create(**body)  # type: ignore[call-overload]
+            await real_api.chat.completions.create(**body)
         assert caught.value.status_code == 400
 
     attacks = [asyncio.create_task(attack(grammar)) for grammar in (AT_ONCE, LATER)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def test_placement(model: tuple[str, Any], placement: str) -> None:
 
         one, two = random_prompt(120, seed=4), random_prompt(120, seed=5)
         ask(one, two)
-        again = [counted(llm, lambda prompt=prompt: ask([*prompt, 7, 8, 9])) for prompt in (one, two)]
+        again = [counted(llm, partial(ask, [*prompt, 7, 8, 9])) for prompt in (one, two)]
         for each in again:
             assert sum(steps > 0 for steps in each["steps"].values()) == 2
             if placement == "fcfs":

@@ -59,7 +59,8 @@ def llm(request: pytest.FixtureRequest, model: tuple[str, Any]) -> Iterator[LLM]
 @torch.inference_mode()
 def reference(model: Any, prompt: list[int]) -> torch.Tensor:
     """Row i: log-probabilities of the token after position i."""
-    return model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    logprobs: torch.Tensor = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    return logprobs
 
 
 def check(
@@ -117,8 +118,9 @@ def test_limits() -> None:
         with pytest.raises(InvalidRequestError, match="prompt_logprobs"):
             SamplingParams(**wrong)
     for name in ("logprobs", "prompt_logprobs"):
+        all_of_them: dict[str, Any] = {name: -1}
         with pytest.raises(InvalidRequestError, match="-1, for all tokens of the vocabulary, is not supported"):
-            SamplingParams(**{name: -1})
+            SamplingParams(**all_of_them)
     with pytest.raises(InvalidRequestError, match="max_tokens must be at least 1, or 0 with prompt_logprobs"):
         SamplingParams(max_tokens=0)
 
@@ -155,7 +157,8 @@ async def test_echo_and_prompt_logprobs_over_http(
     async def post(path: str = "completions", **body: Any) -> dict[str, Any]:
         response = await http.post(f"/v1/{path}", json={"model": MODEL, "temperature": 0} | body)
         assert response.status_code == 200, response.text
-        return response.json()
+        answer: dict[str, Any] = response.json()
+        return answer
 
     async def stream(path: str, **body: Any) -> list[dict[str, Any]]:
         body = {"model": MODEL, "temperature": 0, "stream": True} | body

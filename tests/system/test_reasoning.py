@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
 import pytest
 
 from hbserve.frontend.engine_client import EngineClient
@@ -12,8 +13,6 @@ from hbserve.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 from tests.support.http_server import MODEL, USER, letters, served
 from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, tokens
-
-openai = pytest.importorskip("openai")
 
 WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>'

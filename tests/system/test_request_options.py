@@ -21,8 +21,6 @@ from tests.support.http_server import MODEL, USER, letters, served
 from tests.support.paths import ROOT
 from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, tokens
 
-openai = pytest.importorskip("openai")
-
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -284,6 +282,11 @@ async def test_what_cannot_be_honoured_is_refused_by_name(http: httpx.AsyncClien
 
 
 def test_python_users_have_the_same_parameters() -> None:
-    for more in ({"bad_words": ["a"], "min_tokens": 1}, {"allowed_token_ids": []}, {"cache_salt": "\ud83d"}):
+    wrong: list[dict[str, Any]] = [
+        {"bad_words": ["a"], "min_tokens": 1},
+        {"allowed_token_ids": []},
+        {"cache_salt": "\ud83d"},
+    ]
+    for more in wrong:
         with pytest.raises(InvalidRequestError):
             SamplingParams(**more)

@@ -6,6 +6,7 @@ import json
 from typing import Any, Literal
 
 import httpx
+import openai
 import pytest
 from pydantic import BaseModel
 
@@ -15,7 +16,6 @@ from tests.support import tiny_tokenizers
 from tests.support.http_server import MODEL, letters
 from tests.support.scripted_scheduler import ScriptedScheduler, fails, tokens
 
-openai = pytest.importorskip("openai")
 pytest.importorskip("llguidance")
 
 WEATHER: Any = {

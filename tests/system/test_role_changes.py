@@ -156,14 +156,14 @@ async def test_an_instance_changes_its_role_under_load_and_keeps_its_weights(
         await asyncio.to_thread(assert_no_leaks, llm)
         stats = llm.get_system_stats()
         assert stats["cpu_scheduler"]["retries"] == stats["cpu_scheduler"]["preemptions"] == 0
-        roles = {name: InstanceRole(each["role"]) for name, each in stats["gpu_instances"].items()}
-        assert sorted(roles.values()) == ["decode", "decode", "prefill"]
+        found = {name: InstanceRole(each["role"]) for name, each in stats["gpu_instances"].items()}
+        assert sorted(found.values()) == ["decode", "decode", "prefill"]
         # What another plan would need is opened before a change, and stays open after it.
         running.prepare()
-        await llm.client.set_role("i0", roles["i0"], DEADLINE_S)  # the scheduler takes messages in order
+        await llm.client.set_role("i0", found["i0"], DEADLINE_S)  # the scheduler takes messages in order
         links = llm.get_system_stats()["kv_transfer"]["links"]
         for system in ("1p2d", "2p1d"):
-            to = roles_of(system, roles)
-            for source, target in itertools.permutations(roles, 2):
+            to = roles_of(system, found)
+            for source, target in itertools.permutations(found, 2):
                 if (to[source], to[target]) == ("prefill", "decode"):
                     assert f"{source}->{target}" in links

@@ -75,7 +75,7 @@ def assert_same(outputs: Iterable[GenerationOutput], expected: Iterable[Generati
             assert values[0] == pytest.approx(values[1], abs=1e-4)
         for sample, other_sample in zip(output["samples"], other["samples"], strict=True):
             for key in ("token_ids", "text", "finish_reason", "stop_reason"):
-                assert sample[key] == other_sample[key]  # type: ignore[literal-required]
+                assert sample[key] == other_sample[key]
             assert chosen(sample) == pytest.approx(chosen(other_sample), abs=1e-4)
 
 
@@ -161,7 +161,8 @@ async def read_stream(http: httpx.AsyncClient, seed: int, started: list[int]) ->
     messages = [{"role": "user", "content": f"Remember: dog parrot, eagle maple. Count from 3 to {60 + seed}."}]
     body = {"messages": messages, "seed": seed, "temperature": 0.7, "max_tokens": 200}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    text, finish_reason, usage = "", "", {}
+    text = finish_reason = ""
+    usage: dict[str, int] = {}
     async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
         assert answer.status_code == 200
         async for line in answer.aiter_lines():

@@ -49,8 +49,9 @@ class Scheduler:
 
     def receive(self) -> InstanceReply:
         """Wait for the next reply."""
-        assert self._socket.poll(1000 * DEADLINE_S), "no reply"
-        return self._decoder.decode(self._socket.recv())
+        assert self._socket.poll(int(1000 * DEADLINE_S)), "no reply"
+        reply: InstanceReply = self._decoder.decode(self._socket.recv())
+        return reply
 
     def hears_nothing(self) -> bool:
         """Whether no reply comes for a moment."""

@@ -12,12 +12,13 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import openai
 import pytest
 import yaml
 
@@ -27,8 +28,6 @@ from tests.support.engines import greedy_reference
 from tests.support.model_zoo import save_model
 from tests.support.paths import ROOT
 from tests.support.ports import free_ports
-
-openai = pytest.importorskip("openai")
 
 SCRIPTS = ROOT / "scripts"
 DEADLINE_S = 90.0
@@ -171,7 +170,7 @@ def site(short_path: Path) -> Iterator[Site]:
     place.clean_up()
 
 
-def configuration(folder: Path, mode: str, ports: list[int | None] | None = None) -> dict[str, Any]:
+def configuration(folder: Path, mode: str, ports: Sequence[int | None] | None = None) -> dict[str, Any]:
     """Make a small system on the CPU; with ports its parts can be started separately."""
     names = ["prefill-0", "decode-0"] if mode == "disaggregated" else ["unified-0"]
     instances: list[dict[str, Any]] = [

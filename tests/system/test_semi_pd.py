@@ -62,7 +62,6 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     for index in range(NUM_REQUESTS):
         prompt = random_prompt(rng.randint(5, 120), seed=index)
         prompts.append(prefix + prompt if index % 4 == 0 else prompt)
-        penalty = {"repetition_penalty": 1.3} if index % 5 == 0 else {}
         sampling.append(
             SamplingParams(
                 temperature=0 if index % 3 == 0 else 0.9,
@@ -70,7 +69,7 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
                 max_tokens=rng.randint(60, 110),
                 ignore_eos=True,
                 priority="batch" if index % 6 == 1 else None,
-                **penalty,
+                repetition_penalty=1.3 if index % 5 == 0 else 1.0,
             )
         )
     return prompts, sampling

@@ -206,9 +206,13 @@ def test_switching_takes_any_processes() -> None:
 
     class Process:
         def __init__(self, popen: subprocess.Popen[bytes]) -> None:
-            self.is_alive = lambda: popen.poll() is None
-            self.terminate = popen.terminate
-            self.join = lambda timeout=None: popen.wait(timeout)
+            self._popen, self.terminate = popen, popen.terminate
+
+        def is_alive(self) -> bool:
+            return self._popen.poll() is None
+
+        def join(self, timeout: float | None = None) -> None:
+            self._popen.wait(timeout)
 
     try:
         old, new = [Process(p) for p in processes[:2]], [Process(p) for p in processes[2:]]

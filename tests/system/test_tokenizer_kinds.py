@@ -125,11 +125,12 @@ async def test_chats_are_one_text(http: httpx.AsyncClient, tokenizer: Tokenizer)
 
 
 def test_every_kind_can_write_json(tokenizer: Tokenizer) -> None:
-    schema = {"type": "object", "properties": {"kind": {"enum": ["cat", "dög"]}}, "required": ["kind"]}
+    schema: dict[str, Any] = {"type": "object", "properties": {"kind": {"enum": ["cat", "dög"]}}, "required": ["kind"]}
     schema["additionalProperties"] = False
     end = tokenizer.vocab_size
     matcher = Vocabulary(read_vocabulary(tokenizer.path), end + 8).follow(json_schema(schema), [end])
-    rng, ids = random.Random(1), []
+    rng = random.Random(1)
+    ids: list[int] = []
     while not ids or ids[-1] != end:
         words = matcher.mask()
         ids.append(rng.choice([i for i in range(end + 1) if words[i // 32] >> (i % 32) & 1]))

@@ -50,7 +50,7 @@ def system(model_path: str, backend: str, heartbeat_timeout_s: float) -> Disaggr
         max_model_len=320,
         chunk_size=112,  # so that there are transfers of one chunk, of several, and of groups of layers
         enable_prefix_caching=False,  # or what has been sent once is not sent again
-        gpu_instances=[each | {"tensor_parallel_size": sizes.get(each["instance_id"], 1)} for each in INSTANCES],
+        gpu_instances=[each | {"tensor_parallel_size": sizes.get(str(each["instance_id"]), 1)} for each in INSTANCES],
         kv_transfer_backend=backend,
         kv_layer_group_bytes=1 << 12,
         kv_timeout_s=5.0,

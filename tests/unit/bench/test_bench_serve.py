@@ -249,7 +249,7 @@ class PacedTarget:
     """
 
     vocab_size = 1000
-    max_model_len = None
+    max_model_len: int | None = None
 
     def __init__(self, pace_s: float, refuses: bool = False, capacity: int | None = None) -> None:
         self.pace_s, self.refuses, self.capacity = pace_s, refuses, capacity

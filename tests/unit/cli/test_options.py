@@ -124,7 +124,7 @@ def default_of(key: str) -> Any:
 
 def test_each_key_has_a_flag_that_sets_it() -> None:
     for key in all_keys():
-        others = SECTIONS.get(key.rpartition(".")[0]) or NEEDS.get(key, ())
+        others = SECTIONS.get(key.rpartition(".")[0]) or NEEDS.get(key) or ()
         model = () if key == "model.path" else ("model",)
         text = value_for(key, default_of(key))
         given = effective(*model, *others, f"--{key}", text)
@@ -172,18 +172,18 @@ def test_the_number_of_ranks_is_that_of_every_instance(name: str) -> None:
 def test_another_number_of_ranks_moves_the_gpus_of_instances_apart(
     size: int, gpus: list[Any], moved: list[int]
 ) -> None:
-    instances = []
+    instances: list[dict[str, Any]] = []
     for number, gpu in enumerate(gpus):
         gpu_id, _, host = str(gpu).partition(" on ")
-        instance = {"instance_id": f"i{number}", "instance_type": "unified", "tensor_parallel_size": 8}
+        instance: dict[str, Any] = {"instance_id": f"i{number}", "instance_type": "unified", "tensor_parallel_size": 8}
         instance |= {"host": host, "port": 1, "bind": "localhost"} if host else {}
         instances.append(instance if gpu == "none" else instance | {"gpu_id": int(gpu_id)})
     Path("system.yaml").write_text(yaml.safe_dump({"model": {"path": "model"}, "gpu_instances": instances}))
     given = effective("--config", "system.yaml", "--tp-size", str(size))
     assert [instance.gpu_id for instance in given.config.gpu_instances] == moved
-    for instance, gpu in zip(given.config.gpu_instances, gpus, strict=True):
-        is_moved = gpu not in ("none", instance.gpu_id, f"{instance.gpu_id} on b")
-        assert ("  # flag --tp-size" in _line(given.as_yaml(), instance.instance_id, "gpu_id")) is is_moved
+    for placed, gpu in zip(given.config.gpu_instances, gpus, strict=True):
+        is_moved = gpu not in ("none", placed.gpu_id, f"{placed.gpu_id} on b")
+        assert ("  # flag --tp-size" in _line(given.as_yaml(), placed.instance_id, "gpu_id")) is is_moved
 
 
 def _line(text: str, instance_id: str, name: str) -> str:

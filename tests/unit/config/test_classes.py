@@ -36,7 +36,8 @@ def test_a_class_becomes_its_import_path(tmp_path: Path) -> None:
 
 def test_values_of_python_that_mean_plain_ones_are_taken(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    config = PdDisaggConfig(tmp_path, tokenizer_path=tmp_path, dtype=torch.bfloat16, device=torch.device("cpu"))
+    given: dict[str, Any] = {"tokenizer_path": tmp_path, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    config = PdDisaggConfig(tmp_path, **given)
     assert config.freeze().model.dtype == "bfloat16"
     assert config.freeze().model.path == str(tmp_path)
 

@@ -56,7 +56,8 @@ def guess(
     hidden = model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
     layer = {name.removeprefix("midlayer."): tensor for name, tensor in head.items()}
     features = torch.cat([hidden[index][0] for index in HEAD_TAPS], -1)[start:] @ head["fc.weight"].T
-    embedding, inputs, guesses = model.get_input_embeddings().weight, tokens[start + 1 :], []
+    embedding, inputs = model.get_input_embeddings().weight, tokens[start + 1 :]
+    guesses: list[int] = []
     for _ in range(count):
         normed = norm(features, layer["hidden_norm.weight"])
         residual = normed if norm_first else features
@@ -64,8 +65,8 @@ def guess(
         q, k, v = (
             (x @ layer[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, HEAD_DIM)) for name in ("q", "k", "v")
         )
-        parts = (part.transpose(0, 1) for part in (rotate(q), rotate(k), v))
-        attended = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+        q, k, v = (part.transpose(0, 1) for part in (rotate(q), rotate(k), v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         residual = residual + attended.transpose(0, 1).flatten(1) @ layer["self_attn.o_proj.weight"].T
         x = norm(residual, layer["post_attention_layernorm.weight"])
         inner = F.silu(x @ layer["mlp.gate_proj.weight"].T) * (x @ layer["mlp.up_proj.weight"].T)
@@ -136,7 +137,7 @@ def test_what_is_no_head_for_the_model_is_refused(tmp_path: Path) -> None:
         return load_head(folder, spec)
 
     assert load().tapped_layers == (0, 1, 2)
-    nested = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 1]}}
+    nested: dict[str, Any] = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 1]}}
     assert load(**nested).tapped_layers == (1, 2, 2)  # these are layers whose outputs it reads
     own = load({"embed_tokens.weight": torch.zeros(VOCAB_SIZE, 64)})
     assert own.has_embedding

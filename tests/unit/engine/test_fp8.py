@@ -123,7 +123,9 @@ def test_kv_is_scaled_as_the_checkpoint_says(names: tuple[str, str], tmp_path: P
         caches.append(cache_of(runner)[:, 0, :, :, :])
     short, exact = caches
     written = ~exact[:, 0, :, :1, :1].isnan().expand_as(exact[:, 0])
-    mixed = RotaryEmbedding(runner.spec.ropes[0], runner.spec.head_dim, torch.device("cpu")).mix(exact[:, 0])
+    rope = runner.spec.ropes[0]
+    assert rope is not None
+    mixed = RotaryEmbedding(rope, runner.spec.head_dim, torch.device("cpu")).mix(exact[:, 0])
     for index, (scale, wanted) in enumerate(((scales[0][:, None], mixed), (scales[1], exact[:, 1]))):
         values = widened(short[:, index]) * scale
         error, bound = (values - wanted).abs(), wanted.abs() / 16 + scale * 2**-10

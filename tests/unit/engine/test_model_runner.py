@@ -85,9 +85,12 @@ def test_results_report_the_loads_of_experts(tmp_path: Path, monkeypatch: pytest
         runner.launch(StepPlan(epoch=1, step_id=step, rows=rows, new_sequences=new, sends=[])).result().expert_tokens
         for step, (rows, new) in enumerate([([row], [state]), ([], []), ([], [])])
     ]
-    assert reports[0] is None, "the first copy arrives later"
-    assert [sum(layer) for layer in reports[1]] == [40, 0, 40], "20 tokens, 2 experts each; layer 1 is dense"
-    assert not any(map(any, reports[2]))
+    first, second, third = reports
+    assert first is None, "the first copy arrives later"
+    assert second is not None
+    assert third is not None
+    assert [sum(layer) for layer in second] == [40, 0, 40], "20 tokens, 2 experts each; layer 1 is dense"
+    assert not any(map(any, third))
 
 
 @pytest.mark.parametrize("block_size", [1, 32, 1024])
@@ -214,7 +217,8 @@ def test_repetition_penalty_equals_transformers(feedback: bool, tmp_path: Path) 
 def test_counts_on_the_device_equal_those_of_a_fresh_state(penalty: str, tmp_path: Path) -> None:
     """A worker that has seen every token agrees with one that gets the history at every step."""
     save_model(tmp_path, "qwen3")
-    sampling = SamplingParams(temperature=0, max_tokens=None, **{penalty: 2.0})
+    penalties: dict[str, Any] = {penalty: 2.0}
+    sampling = SamplingParams(temperature=0, max_tokens=None, **penalties)
     kept = Driver(make_runner(tmp_path))
     expected = kept.run(kept.add(make_prompt(25), 40, sampling=sampling))
     stateless = Driver(make_runner(tmp_path), feedback=False)
@@ -292,8 +296,8 @@ def state(slot: int = 0, block_ids: list[int] | None = None, sampling: SamplingP
 
 def row(slot: int = 0, start: int = 0, token_ids: list[int] | None = None, **options: Any) -> PlanRow:
     count = options.pop("num_tokens", 1 if token_ids is None else len(token_ids))
-    options = {"new_block_ids": [], "sample": True} | options
-    return PlanRow(slot=slot, start=start, num_tokens=count, token_ids=token_ids, **options)
+    filled: dict[str, Any] = {"new_block_ids": [], "sample": True} | options
+    return PlanRow(slot=slot, start=start, num_tokens=count, token_ids=token_ids, **filled)
 
 
 def test_a_plan_that_samples_nothing_gives_an_empty_result(tmp_path: Path) -> None:

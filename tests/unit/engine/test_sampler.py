@@ -54,7 +54,7 @@ def reference_distribution(
         nucleus.append(token)
         mass += weights[token]
     kept = [token for token in nucleus if weights[token] >= min_p * weights.max()]
-    probabilities = np.zeros_like(weights)
+    probabilities: Array = np.zeros_like(weights)
     probabilities[kept] = weights[kept] / weights[kept].sum()
     return probabilities
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, outp
 
 
 @asynccontextmanager
-async def connected(folder: Path, **deadlines: float) -> AsyncIterator[tuple[EngineClient, list[str]]]:
+async def connected(folder: Path, **deadlines: Any) -> AsyncIterator[tuple[EngineClient, list[str]]]:
     """A client, and what it has said of silent schedulers."""
     silences: list[str] = []
     rpc = RpcConfig(heartbeat_interval_s=0.05, **deadlines)

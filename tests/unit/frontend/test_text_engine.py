@@ -344,7 +344,7 @@ async def test_model_without_tokenizer_serves_token_ids(
     assert (result["text"], result["token_ids"]) == ("", [50, 51, 52])
     for prompt, sampling in (("text", SamplingParams()), ([1], SamplingParams(stop="x"))):
         with pytest.raises(InvalidRequestError, match="tokenizer"):
-            await engine.generate(prompt, sampling)  # type: ignore[arg-type]
+            await engine.generate(prompt, sampling)
 
 
 # --- closing, aborting, failing ------------------------------------------------------------------

@@ -41,6 +41,10 @@ class Rank:
         self.arena = torch.randint(0, 256, (NUM_BLOCKS, BLOCK_BYTES), dtype=torch.uint8, generator=generator)
         self.results: asyncio.Queue[TierResult] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+
+        def report(result: TierResult) -> None:
+            loop.call_soon_threadsafe(self.results.put_nowait, result)
+
         config = KVCacheConfig(timeout_s=timeout_s)
         memory = None if host is None else host.memory
         self.tiers = RankTiers(
@@ -50,7 +54,7 @@ class Rank:
             self.arena,
             rank,
             num_ranks,
-            lambda result: loop.call_soon_threadsafe(self.results.put_nowait, result),
+            report,
         )
 
     async def store(self, slots: list[int], blocks: list[int], job_id: int = 1) -> TierResult:

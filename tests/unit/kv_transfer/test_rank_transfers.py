@@ -12,6 +12,7 @@ from hbserve.config import from_dict
 from hbserve.kv_transfer.head_split import Shard
 from hbserve.kv_transfer.one_sided.base import ArenaSharing
 from hbserve.kv_transfer.rank_transfers import RankTransfers
+from hbserve.platform.cpu import CpuPlatform
 
 
 def sockets() -> set[str]:
@@ -29,7 +30,7 @@ def sockets() -> set[str]:
 async def test_a_unified_instance_opens_no_listener(tmp_path: Path, mode: str, listens: bool) -> None:
     config = from_dict({"mode": mode, "model": {"path": str(tmp_path)}})
     blocks = torch.zeros(4, 64, dtype=torch.uint8)
-    sharing = ArenaSharing(None, lambda handle: blocks)
+    sharing = ArenaSharing(None, CpuPlatform(1).open_arena)
     transfers = RankTransfers(config, config.gpu_instances[0], Shard(), blocks, lambda reply: None, sharing)
     before = sockets()
     peer = await transfers.begin_epoch(1)

@@ -98,7 +98,7 @@ def test_a_file_that_mixes_quantisations_gives_the_tokens_that_transformers_give
     tmp_path: Path, vocabulary: dict[str, Any]
 ) -> None:
     """As the files that people have: llama.cpp's Q4_K_M mixes Q4_K and Q6_K."""
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
     model = make_model("llama", vocab_size=341, attention_bias=False, mlp_bias=False, **sizes)
     kinds = (*K_QUANTS, Kind.Q4_1, Kind.Q8_0)
     write_gguf(tmp_path / "model.gguf", model, kinds, vocabulary)

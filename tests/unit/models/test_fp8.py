@@ -125,11 +125,12 @@ def test_on_load_every_row_is_within_half_a_step(tmp_path: Path) -> None:
 )
 def test_experts_have_quantised_weights_and_plain_inputs(name: str, family: str, tmp_path: Path) -> None:
     """The same as a checkpoint with the dequantised weights; only inputs of an expert of every token are rounded."""
-    shape = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "attention_bias": False}
+    shape: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2}
+    shape["attention_bias"] = False
     has_shared = family != "qwen3_moe"
     if has_shared:  # a second layer's router would choose other experts for rounded inputs
         shape |= {"shared_expert_intermediate_size": 128, "num_hidden_layers": 1}
-    dense = {"first_k_dense_replace": 0} if family == "glm4_moe" else {"mlp_only_layers": []}
+    dense: dict[str, Any] = {"first_k_dense_replace": 0} if family == "glm4_moe" else {"mlp_only_layers": []}
     save_model(tmp_path, family, **shape, **dense)
     granularity, is_static, quantization_config = FORMATS[name]
     weights = load_file(tmp_path / "model.safetensors")
@@ -174,11 +175,11 @@ def test_dummy_weights_are_alike_in_fp8(tmp_path: Path) -> None:
     assert not torch.equal(dequantised(decoder.layers[0].qkv), dequantised(decoder.layers[1].qkv))
     assert decoder.embedding.float().std().item() == pytest.approx(0.02, rel=0.1)
     plain = WeightTable.build(ModelSpec.load(tmp_path), torch.bfloat16)
-    last = decoder.layers[-1].mlp
-    assert [type(linear) for linear in last] == [PlainLinear] * 2  # type: ignore[union-attr]
+    last: Any = decoder.layers[-1].mlp
+    assert [type(linear) for linear in last] == [PlainLinear] * 2
     assert decoder.typical_layers == [0, 1]
     saved = sum(decoder.token_parameters(layer) for layer in range(spec.num_layers))  # of two bytes each
-    saved -= sum(linear.num_weights for linear in last)  # type: ignore[union-attr]
+    saved -= sum(linear.num_weights for linear in last)
     assert plain.num_bytes - table.num_bytes == pytest.approx(saved, rel=0.03)
 
 

@@ -593,11 +593,11 @@ def expect_transformers_logits(folder: Path) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
 
 
-def edit_weights(folder: Path, removed: str = "", **added: torch.Tensor) -> None:
+def edit_weights(folder: Path, added: dict[str, torch.Tensor] | None = None, removed: str = "") -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
     weights.pop(removed, None)
-    save_file(weights | added, path)
+    save_file(weights | (added or {}), path)
 
 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -616,21 +616,21 @@ def test_untied_model_needs_its_lm_head(tmp_path: Path) -> None:
 
 def test_wrong_shape_is_named(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen2")
-    edit_weights(tmp_path, **{"model.norm.weight": torch.zeros(63)})
+    edit_weights(tmp_path, {"model.norm.weight": torch.zeros(63)})
     with pytest.raises(ModelError, match=r"model.norm.weight has shape \[63\], config.json asks for \[64\]"):
         load(tmp_path)
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen2")
-    edit_weights(tmp_path, **{"model.norm.weight": torch.zeros(64, dtype=torch.int8)})
+    edit_weights(tmp_path, {"model.norm.weight": torch.zeros(64, dtype=torch.int8)})
     with pytest.raises(ModelError, match=r"model.norm.weight is I8; supported are .*BF16"):
         load(tmp_path)
 
 
 def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen2")
-    edit_weights(tmp_path, **{"model.layers.0.self_attn.sinks": torch.zeros(4)})
+    edit_weights(tmp_path, {"model.layers.0.self_attn.sinks": torch.zeros(4)})
     with pytest.raises(ModelError, match=r"model.layers.0.self_attn.sinks has no place in Qwen2ForCausalLM"):
         load(tmp_path)
 
@@ -639,7 +639,7 @@ def test_known_leftovers_are_ignored(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen3")
     edit_weights(
         tmp_path,
-        **{
+        {
             "lm_head.weight": torch.zeros(VOCAB_SIZE, 64),
             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16),
         },
@@ -649,9 +649,9 @@ def test_known_leftovers_are_ignored(tmp_path: Path) -> None:
 
 def test_layers_that_draft_tokens_stay_unread(tmp_path: Path) -> None:
     save_model(tmp_path, "glm4_moe")
-    edit_weights(tmp_path, **{"model.layers.3.eh_proj.weight": torch.zeros(64, 128)})
+    edit_weights(tmp_path, {"model.layers.3.eh_proj.weight": torch.zeros(64, 128)})
     load(tmp_path)
-    edit_weights(tmp_path, **{"model.layers.2.eh_proj.weight": torch.zeros(64, 128)})
+    edit_weights(tmp_path, {"model.layers.2.eh_proj.weight": torch.zeros(64, 128)})
     with pytest.raises(ModelError, match=r"model.layers.2.eh_proj.weight has no place in Glm4MoeForCausalLM"):
         load(tmp_path)
 
@@ -660,13 +660,13 @@ def test_a_head_of_its_own_is_used_although_the_configuration_ties_it(tmp_path: 
     """transformers 5 ties head and embeddings only if the checkpoint has no head that differs."""
     save_model(tmp_path, "qwen3")
     head = torch.randn(VOCAB_SIZE, 64, generator=torch.Generator().manual_seed(3))
-    edit_weights(tmp_path, **{"lm_head.weight": head})
+    edit_weights(tmp_path, {"lm_head.weight": head})
     assert not ModelSpec.load(tmp_path).tied_embeddings
     expect_transformers_logits(tmp_path)
     # the last element alone differs
     embeddings = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()
     embeddings[-1, -1] += 1
-    edit_weights(tmp_path, **{"lm_head.weight": embeddings})
+    edit_weights(tmp_path, {"lm_head.weight": embeddings})
     expect_transformers_logits(tmp_path)
 
 

@@ -146,7 +146,7 @@ def test_a_child_may_share_the_group_and_inherit_descriptors() -> None:
 
 def test_a_budget_allows_restarts_again_after_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(parent.time, "monotonic", lambda: now)
+    monkeypatch.setattr("hbserve.process.parent.time.monotonic", lambda: now)
     budget = RestartBudget(3)
     delays = []
     for _ in range(3):

@@ -62,7 +62,8 @@ def test_a_request_from_its_arrival_to_its_end() -> None:
         [(client, batch)] = outbox.to_clients
         assert isinstance(batch, OutputBatch)
         assert (client, [output.token_ids for output in batch.outputs]) == (b"c", [[token]])
-    assert batch.outputs[0].finish_reason == "length"
+        ends = [output.finish_reason for output in batch.outputs]
+    assert ends == ["length"]
     assert [(request.request_id, request.outcome) for request in outbox.ended] == [("a", "completed")]
     assert scheduler.counts["completed"] == 1
 

@@ -59,16 +59,16 @@ class Worker:
                 self._run(command)
 
     def _run(self, plan: StepPlan) -> None:
-        work = [0.0] * 4
+        decodes, decode_context, prompt_tokens, pairs = 0, 0, 0, 0.0
         for row in plan.rows:
             if row.num_tokens == 1:
-                work[0] += 1
-                work[1] += row.start
+                decodes += 1
+                decode_context += row.start
             else:
-                work[2] += row.num_tokens
-                work[3] += num_pairs(row.num_tokens, row.start)
-        busy_s = seconds(StepWork(*work))
-        if work[2] >= self.slow_tokens and self.num_slow < self.max_slow:
+                prompt_tokens += row.num_tokens
+                pairs += num_pairs(row.num_tokens, row.start)
+        busy_s = seconds(StepWork(decodes, decode_context, prompt_tokens, pairs))
+        if prompt_tokens >= self.slow_tokens and self.num_slow < self.max_slow:
             self.num_slow += 1
             busy_s += 1.0
         self.free_at = max(self.now, self.free_at) + busy_s

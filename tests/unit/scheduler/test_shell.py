@@ -54,7 +54,8 @@ class Client:
 
     async def ask(self, message: ClientMessage) -> SchedulerReply:
         await self.socket.send(msgspec.msgpack.encode(message))
-        return msgspec.msgpack.decode(await self.socket.recv(), type=SchedulerReply)
+        reply: SchedulerReply = msgspec.msgpack.decode(await self.socket.recv(), type=SchedulerReply)
+        return reply
 
 
 @asynccontextmanager

@@ -220,7 +220,7 @@ def test_a_late_load_is_computed_in_other_blocks_and_its_own_stay_pinned() -> No
     assert not used & set(load.block_ids)
     assert system.outputs[-1].finish_reason == "length"
     assert system.num_free == 16 - 5
-    system.copies = system.loads()
+    system.copies = [*system.loads()]
     system.answer(load)  # which changes nothing any more
     assert system.num_free == 16
     assert system.stats["failures"] == {"late": 4}
@@ -327,11 +327,15 @@ def test_prompts_with_another_salt_or_other_tokens_before_share_nothing() -> Non
 
 
 def test_a_prompt_begins_to_be_computed_while_its_end_is_loaded() -> None:
+    prompts_s: dict[float, float] = {16: 0.02, 32: 0.04, 48: 0.06, 64: 0.08}
     for computes_first, failures in ((True, {}), (False, {}), (True, {2: "checksum"}), (False, {0: "checksum"})):
         system = System()
         system.stored_and_evicted()
-        prompts_s = {16: 0.02, 32: 0.04, 48: 0.06, 64: 0.08}
-        system.scheduler._requests.tiers._compute_s = lambda tokens, start, times=prompts_s: times.get(tokens, 0.0)
+
+        def compute_s(tokens: float, start: float) -> float:
+            return prompts_s.get(tokens, 0.0)
+
+        system.scheduler._requests.tiers._compute_s = compute_s
         system.ask(PROMPT)
         system.answer(system.loads()[0], seconds=0.08)  # as long as computing
         system.ask([*range(200, 320)])

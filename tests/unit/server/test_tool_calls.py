@@ -44,7 +44,8 @@ NO_CALLS = {
 
 def parse(parser: ToolCallParser, text: str, size: int) -> tuple[str, list[tuple[str, str]]]:
     """Parse a text in pieces of ``size`` characters; return the visible text and the calls."""
-    shown, calls = "", {}
+    shown = ""
+    calls: dict[int, Any] = {}
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     for number, piece in enumerate(pieces, start=1):
         more, changes = parser.feed(piece, last=number == len(pieces))
@@ -113,7 +114,8 @@ def test_the_parser_finds_every_call_that_a_grammar_allows(family: str, marks: s
     grammar = form.grammar(functions, True, tokenizer.added_token_id)
     vocabulary.check(grammar)
     for seed in range(3):
-        rng, ids, matcher = random.Random(seed), [], vocabulary.follow(grammar, [end])
+        rng, matcher = random.Random(seed), vocabulary.follow(grammar, [end])
+        ids: list[int] = []
         while not ids or ids[-1] != end:
             words = matcher.mask()
             allowed = [i for i in range(end + 1) if words[i // 32] >> (i % 32) & 1]

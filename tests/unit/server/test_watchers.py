@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_a_gap_of_zero_is_measured() -> None:
     window = dict.fromkeys((f"{name}_p{percent}_ms" for name in ("ttft", "tpot", "itl") for percent in (50, 95, 99)), 0)
     window |= {"prefill_throughput": 0, "decode_throughput": 0, "itl_p95_ms": 30, "itl_p99_ms": 40}
     names = ("uptime_s", "open_requests", "waiting_requests", "completed_requests", "failed_requests")
-    scheduler = dict.fromkeys(names, 0) | {"speculation": {}}
+    scheduler: dict[str, Any] = dict.fromkeys(names, 0) | {"speculation": {}}
     lines = top.draw({"cpu_scheduler": scheduler, "metrics": {"window": window}, "gpu_instances": {}}, {}).splitlines()
     assert lines[-3:] == [
         "TTFT       no recent samples",

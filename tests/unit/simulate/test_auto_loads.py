@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from hbserve.bench.request_record import RequestTargets, percentile
 from hbserve.config import InstanceRole, SchedulerConfig
@@ -44,8 +45,7 @@ def test_nor_under_loads_that_no_rule_was_made_for() -> None:
     for kind in KINDS:
         for rate, seed in ((rate, seed) for rate in RATES[kind] for seed in SEEDS):
             met = {
-                name: attainment(name, TTFT_MS[kind], lambda part=(kind, rate, NUM_REQUESTS, seed): drawn(*part))
-                for name in sums
+                name: attainment(name, TTFT_MS[kind], partial(drawn, kind, rate, NUM_REQUESTS, seed)) for name in sums
             }
             assert met["unified"] > max(met.values()) - 5.5 / NUM_REQUESTS, (kind, rate, seed, met)
             sums = {name: sums[name] + met[name] for name in sums}

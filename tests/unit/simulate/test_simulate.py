@@ -66,7 +66,7 @@ def test_a_lone_request_takes_what_its_steps_and_plans_take() -> None:
         assert request.tpot_ms == pytest.approx(decode_ms(2048 + 6, 100), rel=0.06)
 
 
-def test_a_prompt_is_in_the_first_step_that_is_planned_after_it_came() -> None:
+def test_a_prompt_is_in_the_first_step_that_is_planned_after_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     system = unified()
     plans: list[tuple[float, set[int]]] = []
     [worker] = system.devices["unified-0"].workers
@@ -78,7 +78,7 @@ def test_a_prompt_is_in_the_first_step_that_is_planned_after_it_came() -> None:
             plans.append((system.clock.now, new))
         on_command(message)
 
-    worker.on_command = note
+    monkeypatch.setattr(worker, "on_command", note)
     streams = [SimulatedRequest(0.001 * number, 100 + number, 300) for number in range(48)]
     comers = [SimulatedRequest(1.0 + 0.0877 * number, 1000 + number, 20) for number in range(20)]
     system.serve([*streams, *comers])
@@ -202,8 +202,13 @@ def test_every_request_ends_and_every_block_comes_back(rate: int, slots: int, kv
 
 
 def source(duration_s: float, num_requests: int | None = None) -> WorkloadSource:
-    lengths = {"input_len": LengthRange(300, 2500), "output_len": LengthRange(50, 200)}
-    return WorkloadSource(vocab_size=1000, duration_s=duration_s, num_requests=num_requests, **lengths)
+    return WorkloadSource(
+        vocab_size=1000,
+        duration_s=duration_s,
+        num_requests=num_requests,
+        input_len=LengthRange(300, 2500),
+        output_len=LengthRange(50, 200),
+    )
 
 
 def test_a_run_is_the_same_each_time() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -346,9 +348,9 @@ def test_a_deferred_late_request_counts_once_and_is_no_backlog() -> None:
         window = observed_window(collector.get_current_window_metrics(), slo)
         assert window.ttft is not None
         seen[late] = window.ttft.percentile_ms, window.workload.backlog_tokens
-    assert seen[0] == (pytest.approx(9000), 700)  # in order of arrival, all wait for the oldest
-    assert seen[1] == (pytest.approx(100), 450)  # one of ten may be late
-    assert seen[2] == (pytest.approx(9000), 200)
+    assert seen[0] == pytest.approx((9000, 700))  # in order of arrival, all wait for the oldest
+    assert seen[1] == pytest.approx((100, 450))  # one of ten may be late
+    assert seen[2] == pytest.approx((9000, 200))
 
 
 # --- throttle ---------------------------------------------------------------------------------------
@@ -459,8 +461,8 @@ def test_monitoring_runs_in_a_thread_that_ends() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "slo-controller"]
 
 
-def _after(function, then):  # type: ignore[no-untyped-def]
-    def both(*arguments, **more):  # type: ignore[no-untyped-def]
+def _after(function: Callable[..., Any], then: Callable[[], object]) -> Callable[..., Any]:
+    def both(*arguments: Any, **more: Any) -> Any:
         result = function(*arguments, **more)
         then()
         return result

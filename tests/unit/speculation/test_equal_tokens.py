@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_a_draft_model_changes_no_token_and_the_model_itself_is_always_right(mod
         save_head(tmp_path / "draft")
     else:
         save_model(tmp_path / "draft", "llama" if model == "another" else model)
-    options = {"kv_dtype": "fp8", "quantization": "fp8"} if model == "another" else {}
+    options: dict[str, Any] = {"kv_dtype": "fp8", "quantization": "fp8"} if model == "another" else {}
     options |= {"method": "auto"} if model == "head" else {}
     runner = make_runner(tmp_path / "model", draft_model=str(tmp_path / "draft"), **options)
     prompts = [make_prompt(length) for length in (3, 16, 31, 33, 20, 5)]

@@ -36,7 +36,7 @@ CHAT: list[dict[str, Any]] = [
     {"role": "assistant", "content": "It rains."},
     {"role": "user", "content": "Thanks"},
 ]
-ANSWER_SCHEMA = {
+ANSWER_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "näme": {"type": "string", "minLength": 1},
@@ -317,7 +317,7 @@ def test_structured_outputs_over_the_whole_vocabulary(family: Family) -> None:
         (
             json_schema(ANSWER_SCHEMA),
             lambda text: json.loads(text)["kind"] in ANSWER_SCHEMA["properties"]["kind"]["enum"],
-        ),  # type: ignore[index]
+        ),
         (StructuredOutputs(regex=r"[0-9]{3}-[a-fé]{2}🙂").as_grammar(), lambda text: len(text) == 7),
         (StructuredOutputs(choice=["ja", "nein ☃", "<think>"]).as_grammar(), ["ja", "nein ☃", "<think>"].__contains__),
     ]

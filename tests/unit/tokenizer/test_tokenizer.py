@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -83,7 +84,7 @@ def test_messages_that_the_template_rejects(byte_level: Tokenizer) -> None:
 
 def test_calls_are_written_in_the_form_that_the_template_takes(tmp_path: Path) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "ö"}'}}
-    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    chat: list[Any] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     for arguments in ("call.function.arguments | tojson", "'' + call.function.arguments"):
         template = "{% for m in messages %}{{ m.role }}{{ m.content }}{% for call in m.tool_calls or [] %}"
         template += f"{{{{ call.function.name }}}}{{{{ {arguments} }}}}{{% endfor %}}{{% endfor %}}"

@@ -22,7 +22,8 @@ def test_kept_names_are_those_that_transformers_reads(tmp_path: Path, monkeypatc
     def read(path: str | Path, prefix: str | None = None) -> Names:
         nonlocal num_reads
         num_reads += 1
-        return expected if prefix is None else define_import_structure(path, prefix)
+        names: Names = expected if prefix is None else define_import_structure(path, prefix)
+        return names
 
     assert kept_names(read, "1", MODELS) == expected
     assert kept_names(read, "1", str(MODELS / "__init__.py")) == expected

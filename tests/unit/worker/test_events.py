@@ -86,7 +86,12 @@ def test_no_event_is_left_behind_by_a_loop_that_has_just_gone_to_sleep() -> None
 
 def test_events_that_are_posted_before_the_loop_runs_are_handled() -> None:
     recorder = Recorder()
-    poster = threading.Thread(target=lambda: [recorder.queue.post(number) for number in range(100)])
+
+    def post() -> None:
+        for number in range(100):
+            recorder.queue.post(number)
+
+    poster = threading.Thread(target=post)
     poster.start()
     poster.join()
     assert recorder.handled == []
