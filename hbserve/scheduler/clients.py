@@ -165,7 +165,7 @@ class ClientMessages:
         elif isinstance(message, ReportEvent):
             self._stats.report_event(message)
             if message.kind == "given_up":
-                self._workers.on_given_up(message.subject, message.text)
+                self._workers.coverage.on_given_up(message.subject, message.text)
 
     def _attach(self, client: bytes, client_id: str) -> None:
         """Answer a client; nothing goes over an earlier connection of the same client any more."""

@@ -17,7 +17,7 @@ class Readiness:
     Attributes:
         max_model_len: largest number of tokens of prompt and output; None until an instance has registered.
         vocab_size: of the model; 0 until then.
-        ended: why no request can be served any more; None while that may change. `WorkerRegistry` sets it.
+        ended: why no request can be served any more; None while that may change. `PhaseCoverage` sets it.
     """
 
     def __init__(

@@ -109,7 +109,7 @@ class CpuScheduler:
             config, instances, transfers, requests, readiness, drains, events, clock, outbox, start.time_ns, learner
         )
         for name, reason in ({} if start.predecessor is None else start.predecessor.given_up).items():
-            workers.on_given_up(name, reason)
+            workers.coverage.on_given_up(name, reason)
         self._clients = ClientMessages(config, clock, outbox, requests, readiness, stats, drains, workers)
 
     @property
@@ -186,13 +186,13 @@ class CpuScheduler:
             case ClientGone(client):
                 self._clients.on_gone(client)
             case ConnectionMade(connection):
-                self._workers.on_connection_made(connection)
+                self._workers.connections.on_made(connection)
             case ConnectionBroke(connection):
                 self._workers.on_connection_broke(connection)
 
     def _expire_deadlines(self) -> None:
         """Greet new workers; at every heartbeat interval, ping all workers and give up what is overdue."""
-        self._workers.greet()
+        self._workers.connections.greet()
         now, interval_s = self._clock.now, self.config.rpc.heartbeat_interval_s
         if now < self._next_tick:
             return
@@ -201,7 +201,7 @@ class CpuScheduler:
         self._clock.call_at(self._next_tick)
         self._workers.check_heartbeats(was_asleep)
         self._readiness.check_deadlines()
-        if (reason := self._workers.missing_phase()) is not None and self.waiting:
+        if (reason := self._workers.coverage.find_missing()) is not None and self.waiting:
             text = f"{reason}; {len(self.waiting)} waiting requests fail"
             self._events.note("unserved", "the system", text)
             for sequence in list(self.waiting):

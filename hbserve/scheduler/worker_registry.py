@@ -17,7 +17,6 @@ from hbserve.messages.worker import (
     InstanceFailed,
     InstanceReply,
     Leaving,
-    Ping,
     Shutdown,
     StepLost,
     StepRef,
@@ -25,24 +24,24 @@ from hbserve.messages.worker import (
     Superseded,
     WantsToLeave,
 )
+from hbserve.scheduler.connections import WorkerConnections
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.drains import Drains
 from hbserve.scheduler.instance import InstanceHandle, Instances
 from hbserve.scheduler.learning.profile_learner import ProfileLearner
 from hbserve.scheduler.membership import InstanceMembership
 from hbserve.scheduler.metrics import EventLog
+from hbserve.scheduler.phase_coverage import PhaseCoverage
 from hbserve.scheduler.readiness import Readiness
 from hbserve.scheduler.requests.lifecycle import RequestLifecycle
 from hbserve.scheduler.transfer_tracker import TransferTracker
 from hbserve.scheduler.worker import WorkerHandle
 
-_GREETING_INTERVAL_S = 0.02
-
 
 class WorkerRegistry:
     """Knows which workers can be given plans, and tells the other parts of the scheduler what workers report.
 
-    Owner of the connections to workers and of `WorkerHandle.last_seen`.
+    Owner of `WorkerHandle.last_seen`.
 
     Args:
         instances: by id; instances that join or leave are added and removed here.
@@ -50,8 +49,12 @@ class WorkerRegistry:
         readiness: told which workers have registered, and which cannot.
         drains: told which instances want to leave, and which are gone.
         events: told the same, for operators.
-        scheduler_epoch: number of this scheduler. Workers obey the largest, and drop their state when it changes.
+        scheduler_epoch: see `WorkerConnections`.
         learner: told of each step; None: no profile is learnt.
+
+    Attributes:
+        connections: to the workers.
+        coverage: of the phases by instances that are there.
     """
 
     def __init__(
@@ -70,7 +73,6 @@ class WorkerRegistry:
     ) -> None:
         self._learner = learner
         self._heartbeat_timeout_s = config.rpc.heartbeat_timeout_s
-        self._recovery_timeout_s = config.rpc.recovery_timeout_s
         self._step_timeout_s = config.rpc.step_timeout_s
         self._instances = instances
         self._transfers = transfers
@@ -80,33 +82,16 @@ class WorkerRegistry:
         self._events = events
         self._clock = clock
         self._outbox = outbox
-        self._scheduler_epoch = scheduler_epoch
         self._membership = InstanceMembership(config, instances, clock, outbox)
-        self._by_connection: dict[int, tuple[InstanceHandle, WorkerHandle]] = {}
-        self._greetings: dict[WorkerHandle, float] = {}  # when each worker that was just announced gets its next ping
+        self.connections = WorkerConnections(clock, outbox, scheduler_epoch)
+        self.coverage = PhaseCoverage(config, instances, self._membership, readiness, clock)
         self._first_hello: Hello | None = None
-        self._unserved_since: dict[str, float] = {}  # phase, and since when no instance takes requests for it
         self._supervisors: dict[str, bytes] = {}
-        self._configured = {instance.instance_id: instance.instance_type for instance in config.gpu_instances}
-        self._given_up: dict[str, str] = {}
         for instance in instances.values():
             for worker in instance.workers.values():
-                self._listen(instance, worker)
+                self.connections.listen(instance, worker)
 
-    # --- connections and heartbeats --------------------------------------------------------------
-
-    def _listen(self, instance: InstanceHandle, worker: WorkerHandle) -> None:
-        """Take messages from a worker; a new connection, or the next heartbeat, finds out when it is there."""
-        self._by_connection[worker.connection] = instance, worker
-
-    def _close(self, worker: WorkerHandle) -> None:
-        """Close the connection to a worker."""
-        if self._by_connection.pop(worker.connection, None) is not None:
-            self._greetings.pop(worker, None)
-            self._outbox.disconnect(worker.connection)
-
-    def _ping(self, worker: WorkerHandle) -> None:
-        worker.send(Ping(scheduler_epoch=self._scheduler_epoch, known_epoch=worker.epoch))
+    # --- heartbeats ------------------------------------------------------------------------------
 
     def check_heartbeats(self, was_asleep: bool) -> None:
         """Ping every worker, and give up on workers that were silent for too long and on instances that did not come.
@@ -114,8 +99,8 @@ class WorkerRegistry:
         Args:
             was_asleep: the scheduler itself was suspended, so no silence counts this time.
         """
-        for instance, worker in list(self._by_connection.values()):
-            self._ping(worker)
+        for instance, worker in self.connections:
+            self.connections.ping(worker)
             silence_s = self._clock.now - worker.last_seen
             if worker.ready and silence_s > self._heartbeat_timeout_s and not was_asleep:
                 self._on_worker_lost(instance, worker, f"no sign of life for {silence_s:.1f} s")
@@ -129,36 +114,20 @@ class WorkerRegistry:
             self._outbox.log(logging.WARNING, f"{instance.id} wanted to join and did not come")
             self._on_instance_gone(instance)
 
-    def greet(self) -> None:
-        """Ping workers that were just announced until they introduce themselves, which is sooner than heartbeats do."""
-        now = self._clock.now
-        for worker, next_ping_at in list(self._greetings.items()):
-            if worker.ready:
-                del self._greetings[worker]
-            elif next_ping_at <= now:
-                self._ping(worker)
-                self._greetings[worker] = now + _GREETING_INTERVAL_S
-                self._clock.call_at(now + _GREETING_INTERVAL_S)
-
-    def on_connection_made(self, connection: int) -> None:
-        """There is a connection to a worker: ping it now, which is sooner than the next heartbeat."""
-        if connection in self._by_connection:
-            self._ping(self._by_connection[connection][1])
-
     def on_connection_broke(self, connection: int) -> None:
         """A connection broke, which reveals the end of a process sooner than its silence does."""
-        if connection in self._by_connection:
-            instance, worker = self._by_connection[connection]
-            if worker.ready:  # otherwise it has been lost already, with its own reason
-                self._on_worker_lost(instance, worker, "its connection broke")
+        found = self.connections.find(connection)
+        if found is not None and found[1].ready:  # otherwise it has been lost already, with its own reason
+            self._on_worker_lost(*found, "its connection broke")
 
     # --- what workers report ---------------------------------------------------------------------
 
     def on_reply(self, connection: int, reply: InstanceReply) -> None:
         """A worker has sent a message."""
-        if connection not in self._by_connection:
+        found = self.connections.find(connection)
+        if found is None:
             return  # closed meanwhile
-        instance, worker = self._by_connection[connection]
+        instance, worker = found
         worker.last_seen = self._clock.now
         if isinstance(reply, StepResult):
             if reply.epoch == worker.epoch:  # or from an incarnation that has been given up
@@ -240,9 +209,7 @@ class WorkerRegistry:
         if worker.inflight:
             return  # it was lost, and other workers' steps wait until its process has ended
         self._first_hello = self._first_hello or hello
-        if self._given_up.pop(instance.id, None) is not None:
-            instance.given_up = None
-            self._look_for_end()
+        self.coverage.on_registered(instance)
         self._membership.on_arrived(instance)
         if worker.id == instance.id and instance.num_restarts < 0 and hello.serves_as is not instance.role:
             instance.change_role(hello.serves_as)  # an earlier scheduler has changed it
@@ -321,44 +288,7 @@ class WorkerRegistry:
     def _forget_workers(self, instance: InstanceHandle) -> None:
         for worker in list(instance.workers.values()):
             instance.forget_worker(worker)
-            self._close(worker)
-
-    def missing_phase(self) -> str | None:
-        """Return, in words, a phase that no instance took for longer than requests wait; None: all is well.
-
-        An instance that is lost takes none, and neither does one that drains. Called at each heartbeat.
-        """
-        now = self._clock.now
-        for does in ("prefills", "decodes"):
-            able = [instance for instance in self._instances.values() if getattr(instance.role, does)]
-            if any(instance.lost_since is None and not instance.is_draining for instance in able):
-                self._unserved_since.pop(does, None)
-            elif now - self._unserved_since.setdefault(does, now) >= self._recovery_timeout_s:
-                missing = self._readiness.name_missing() if able else "the last one has left, or has another role"
-                waited = f"for {self._recovery_timeout_s:g} s (rpc.recovery_timeout_s)"
-                return f"no instance that {does} was there {waited}: {missing}"
-        return None
-
-    def on_given_up(self, instance_id: str, reason: str) -> None:
-        """The launcher of an instance has given it up: it does not come back."""
-        if instance_id not in self._configured and instance_id not in self._instances:
-            return  # another process of the system
-        self._given_up[instance_id] = reason
-        if instance_id in self._instances:
-            self._instances[instance_id].given_up = reason
-        self._look_for_end()
-
-    def _look_for_end(self) -> None:
-        """Find out whether a phase has lost its last instance for good."""
-        present = {instance.id: instance.role for instance in (*self._membership.joining, *self._instances.values())}
-        roles = self._configured | present
-        self._readiness.ended = None
-        for does in ("prefills", "decodes"):
-            able = [name for name, role in roles.items() if getattr(role, does)]
-            if able and self._given_up.keys() >= set(able):
-                reasons = "; ".join(f"{name}: {self._given_up[name]}" for name in able)
-                self._readiness.ended = f"no instance that {does} comes back: {reasons}"
-                return
+            self.connections.close(worker)
 
     # --- instances that come and go --------------------------------------------------------------
 
@@ -374,9 +304,9 @@ class WorkerRegistry:
             return
         self._outbox.log(logging.INFO, f"{instance.id} joins as {instance.role}, at {message.address}")
         for worker in before:
-            self._close(worker)
+            self.connections.close(worker)
         for worker in instance.workers.values():
-            self._listen(instance, worker)  # it has to load the model: heartbeats find it soon enough
+            self.connections.listen(instance, worker)  # it has to load the model: heartbeats find it soon enough
 
     def remove(self, client: bytes, message: RemoveInstance) -> None:
         """Have an instance leave: at once if it is not there, else when it has nothing left to do."""
@@ -430,7 +360,7 @@ class WorkerRegistry:
         unconfirmed = instance.forget_worker(worker)
         self._requests.on_steps_lost(unconfirmed)
         self._requests.on_copies_lost(worker)
-        self._close(worker)
+        self.connections.close(worker)
         if unconfirmed and worker.cell is not None:
             lost = StepLost(step=StepRef(cell=worker.cell, step_id=unconfirmed[-1].step_id))
             for other in instance.workers.values():
@@ -444,8 +374,8 @@ class WorkerRegistry:
         instance.workers[worker.id] = worker
         if not instance.arena_epoch:
             instance.unsettled[worker.id] = self._clock.now + self._step_timeout_s
-        self._listen(instance, worker)
-        self._greetings[worker] = self._clock.now
+        self.connections.listen(instance, worker)
+        self.connections.begin_greeting(worker)
 
     def end_drained(self, instance: InstanceHandle) -> None:
         """Tell an instance's draining workers to end that have nothing in flight, where others can do their phase."""

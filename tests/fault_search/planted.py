@@ -105,8 +105,9 @@ def a_worker_of_an_earlier_epoch_is_believed(patch: Patch) -> None:
     patch.setattr(WorkerHandle, "misfit", lambda *_: None)  # the numbers of its steps would tell, too
 
     def on_reply(self: WorkerRegistry, connection: int, reply: Any) -> None:
-        if connection in self._by_connection and isinstance(reply, (StepResult, TransferResult)):
-            _, worker = self._by_connection[connection]
+        found = self.connections.find(connection)
+        if found is not None and isinstance(reply, (StepResult, TransferResult)):
+            _, worker = found
             reply = msgspec.structs.replace(reply, epoch=worker.epoch)
         original(self, connection, reply)
 
