@@ -1,13 +1,8 @@
 """Client of the CPU scheduler: token ids in, token ids out. Runs in the event loop of the API server or the program.
 
 The scheduler may end and be started again. The client then connects again, and sends its open requests with the tokens
-that it has of them (`hbserve.frontend.open_requests`): their readers notice a pause only. The states of the line:
-
-    connecting ──► connected ──► attached        Attached(takes_requests=False), then True
-        ▲   │          │             │
-        │   └──────────┴─────────────┤           the connection breaks, or the scheduler is silent
-        └────────────────────────────┘
-    every state ──► dead                         the scheduler does not come back
+that it has of them (`hbserve.frontend.open_requests`): their readers notice a pause only.
+`hbserve.frontend.scheduler_line` has the states of the line to the scheduler.
 """
 
 from __future__ import annotations
@@ -22,12 +17,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-import zmq
 
 from hbserve import errors
 from hbserve.config import InstanceRole, RpcConfig
 from hbserve.frontend.open_requests import OpenRequest, OpenRequests, OutputSink
 from hbserve.frontend.questions import Question, Questions
+from hbserve.frontend.scheduler_line import LineState, SchedulerLine
 from hbserve.messages.admin import (
     GetLoad,
     GetStats,
@@ -42,20 +37,17 @@ from hbserve.messages.admin import (
 from hbserve.messages.client import (
     AbortRequest,
     AddRequest,
-    Attach,
     Attached,
     NotReady,
     OutputBatch,
     Ready,
     RequestOutput,
-    SchedulerReply,
     SubscribeReady,
 )
 from hbserve.messages.supervisor import EventKind, ReportEvent
 from hbserve.process import event_loop
 from hbserve.rpc.async_socket import MAX_REQUEST_BYTES
 from hbserve.rpc.cluster_key import ClusterKey
-from hbserve.rpc.instance_line import RpcClient
 
 logger = logging.getLogger(__name__)
 _Unanswered = ReportEvent | RemoveInstance | PrepareRoles
@@ -65,7 +57,6 @@ _OUTPUTS_PER_LOOK = 16
 _MAX_UNSENT = 100
 _NO_ANSWER = 0
 """Id of a question whose answer is not needed."""
-_RECONNECT_DELAY_S = 0.05
 _DEFAULTS = RpcConfig()
 
 
@@ -106,34 +97,26 @@ class EngineClient:
         on_silent: Callable[[str], None] = lambda what: None,
         on_given_up: Callable[[str], None] = lambda request_id: None,
     ) -> None:
-        self._key = key
-        self._address = address
         self._rpc = rpc
-        self._on_silent, self._on_given_up = on_silent, on_given_up
+        self._on_given_up = on_given_up
         self._encoder = msgspec.msgpack.Encoder()
-        self._client_id = uuid.uuid4().hex
+        client_id = uuid.uuid4().hex
+        self._line = SchedulerLine(
+            address, rpc, key, client_id, self._subscribe, self._on_lost, on_silent, self._on_overdue
+        )
         self._requests = OpenRequests()
-        self._questions = Questions(lambda question: self._is_connected and self._line.send(question))
+        self._questions = Questions(lambda question: self._line.is_connected and self._line.send(question))
         self._query_ids = itertools.count(1)
         self._unsent: deque[_Unanswered] = deque(maxlen=_MAX_UNSENT)
         self._ready: asyncio.Future[Ready] | None = None
         self._ready_deadline = 0.0
         self._dead: errors.EngineDeadError | None = None
-        # The line to the scheduler: see the module's docstring.
-        self._is_connected = self._is_attached = False
-        self._last_heard = time.monotonic()
-        self._scheduler_epoch: int | None = None  # of the scheduler that was attached last
-        self._num_losses = 0
-        self._lost_since: float | None = None
-        self._why_lost = ""
         self._next_send: asyncio.TimerHandle | None = None
 
     async def connect(self) -> None:
         """Open the line. The scheduler may start later."""
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._line: RpcClient[SchedulerReply] = RpcClient(self._context, self._address, self._key, SchedulerReply)
-        self._line.on_connected = self._on_connected
-        work = (self._receive(), self._watch_connection(), self._watch_scheduler())
+        self._line.open()
+        work = (self._receive(), *self._line.watch())
         self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
 
     async def close(self) -> None:
@@ -145,7 +128,6 @@ class EngineClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._line.close(linger_ms=200)  # the aborts above must still leave
-        self._context.term()
 
     async def wait_ready(self, deadline_s: float) -> Ready:
         """Wait until every instance is registered.
@@ -162,7 +144,7 @@ class EngineClient:
             return await asyncio.wait_for(asyncio.shield(self._ready), deadline_s + 5.0)
         except TimeoutError:
             raise errors.StartupError(
-                f"no scheduler answered at {self._address} within {deadline_s:g} s; is it running?"
+                f"no scheduler answered at {self._line.address} within {deadline_s:g} s; is it running?"
             ) from None
 
     def give_up_waiting(self, reason: str) -> None:
@@ -218,7 +200,7 @@ class EngineClient:
         Args:
             new: a request that has just come, with its encoded message.
         """
-        if not self._is_attached or not self._requests.has_held:
+        if not self._line.is_attached or not self._requests.has_held:
             return
         if self._next_send is not None:
             self._next_send.cancel()
@@ -308,7 +290,7 @@ class EngineClient:
 
     def _send_later(self, message: _Unanswered) -> None:
         """Send a message that is not answered, when there is a scheduler."""
-        if not self._is_connected or not self._line.send(message):
+        if not self._line.is_connected or not self._line.send(message):
             self._unsent.append(message)
 
     # --- the line to the scheduler ---------------------------------------------------------------
@@ -316,7 +298,9 @@ class EngineClient:
     @property
     def restarting(self) -> str | None:
         """Why there is no scheduler just now, while one is awaited; None: there is one, or there never was."""
-        return None if self._lost_since is None else f"the scheduler is being started again: {self._why_lost}"
+        if self._line.lost_since is None:
+            return None
+        return f"the scheduler is being started again: {self._line.why_lost}"
 
     @property
     def dead(self) -> errors.EngineDeadError | None:
@@ -331,7 +315,7 @@ class EngineClient:
     def declare_dead(self, reason: str) -> None:
         """End every request and query with `EngineDeadError`, because the scheduler has ended for good."""
         self._dead = errors.EngineDeadError(reason)
-        self._lost_since = None
+        self._line.give_up()
         self._fail_all(self._dead)
 
     def _fail_requests(self, error: errors.HBServeError) -> None:
@@ -344,12 +328,6 @@ class EngineClient:
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
 
-    def _on_connected(self) -> None:
-        """There is a connection: find out whether a scheduler answers, and whether it takes requests."""
-        self._last_heard = time.monotonic()
-        self._line.send(Attach(client_id=self._client_id))
-        self._subscribe()
-
     def _subscribe(self) -> None:
         if self._ready is not None and not self._ready.done():
             self._line.send(SubscribeReady(deadline_s=max(0.0, self._ready_deadline - time.monotonic())))
@@ -357,17 +335,16 @@ class EngineClient:
     def _on_attached(self, attached: Attached) -> None:
         if attached.ended is not None:
             self.declare_dead(attached.ended)
+        if self._dead is not None:
             return
-        if not self._is_connected:
-            self._is_connected = True
+        if not self._line.is_connected:
+            self._line.enter(LineState.CONNECTED)
             while self._unsent:
                 self._line.send(self._unsent.popleft())
             self._questions.send_all()
-        if self._is_attached or not attached.takes_requests:
+        if self._line.is_attached or not attached.takes_requests:
             return
-        is_another = self._scheduler_epoch not in (None, attached.scheduler_epoch)
-        self._is_attached, self._lost_since = True, None
-        self._scheduler_epoch = attached.scheduler_epoch
+        is_another = self._line.on_attached(attached)
         given_up = self._requests.on_scheduler_back(is_another and attached.after_failure, time.monotonic())
         if given_up is not None:
             self._give_up(given_up)
@@ -380,68 +357,35 @@ class EngineClient:
         request.sink(errors.RequestFailedError(f"given up: {what}"))
         self._on_given_up(request.id)
 
-    def _on_lost(self, reason: str) -> None:
-        """The connection is broken; the next one leads to the next scheduler, or to the same one."""
-        self._is_connected = self._is_attached = False
-        self._num_losses += 1
-        if self._dead is not None:
-            return
-        if self._lost_since is None and self._scheduler_epoch is not None:
-            self._lost_since, self._why_lost = time.monotonic(), reason
+    def _on_lost(self, reason: str, is_first: bool) -> None:
+        """The scheduler has ended, or was given up: the open requests and questions wait for the next one."""
+        if is_first:
             logger.warning("%s; %d open requests wait for the next scheduler", reason, len(self._requests))
         for request in self._requests.on_scheduler_lost():
             request.sink(_end_of(request))
         self._questions.on_scheduler_lost(reason)
 
-    async def _watch_connection(self) -> None:
-        while True:
-            await self._line.wait_disconnected()
-            self._on_lost("the scheduler has ended")
-            await asyncio.sleep(_RECONNECT_DELAY_S)
-
-    async def _watch_scheduler(self) -> None:
-        """Give up a silent scheduler: one that hangs does not close its connection. Give up waiting for one, too."""
-        interval_s, timeout_s = self._rpc.heartbeat_interval_s, self._rpc.heartbeat_timeout_s
-        last = time.monotonic()
-        while self._dead is None:
-            await asyncio.sleep(interval_s)
-            now = time.monotonic()
-            if now - last > 4 * interval_s + 1.0:  # this process was suspended, and has not read what has come
-                self._last_heard = now
-            last = now
-            silence_s = now - self._last_heard
-            if self._line.is_connected and silence_s > timeout_s:
-                what = f"gave no sign of life for {silence_s:.1f} s"
-                self._line.reconnect()
-                self._on_lost(f"the scheduler {what}")
-                self._on_silent(what)
-            elif self._line.is_connected:
-                self._line.send(Attach(client_id=self._client_id))
-            if self._lost_since is not None and now - self._lost_since > self._rpc.recovery_timeout_s:
-                self._on_overdue()
-
     def _on_overdue(self) -> None:
-        late = f"within {self._rpc.recovery_timeout_s:g} s (rpc.recovery_timeout_s)"
-        if self._is_connected:
-            error = f"{self._why_lost}; the next one runs, and no instance has come to it {late}"
+        late, why_lost = f"within {self._rpc.recovery_timeout_s:g} s (rpc.recovery_timeout_s)", self._line.why_lost
+        if self._line.is_connected:
+            error = f"{why_lost}; the next one runs, and no instance has come to it {late}"
             self._fail_requests(errors.RequestFailedError(error))
         else:
-            self.declare_dead(f"{self._why_lost}, and did not come back {late}")
+            self.declare_dead(f"{why_lost}, and did not come back {late}")
 
     async def _receive(self) -> None:
         while True:
             await asyncio.sleep(0)  # a queue of messages must not block the loop's other work
             reply = await self._line.receive()
-            self._last_heard = time.monotonic()
             match reply:
                 case OutputBatch(outputs=outputs):
                     turn = event_loop.Turn()
-                    num_losses = self._num_losses
+                    num_losses = self._line.num_losses
                     for number, output in enumerate(outputs, start=1):
                         self._on_output(output)
                         if number % _OUTPUTS_PER_LOOK == 0 and turn.is_over:
                             await turn.pass_on()
-                            if self._num_losses != num_losses:
+                            if self._line.num_losses != num_losses:
                                 break  # the requests have gone on from the outputs before
                     self._send_requests()  # an output may end a trial
                 case Attached():
@@ -464,7 +408,7 @@ class EngineClient:
         find = self._requests.pop if has_ended else self._requests.get
         request = find(output.request_id)
         if request is not None:
-            request.note(output, self._last_heard)
+            request.note(output, self._line.last_heard)
             request.sink(error_of(output) if output.finish_reason == "error" else output)
 
 

@@ -25,7 +25,8 @@ import zmq
 from hbserve import bounded_json
 from hbserve.config import Config
 from hbserve.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError, StartupError
-from hbserve.frontend.text_process import TextProcess, TooSlowError
+from hbserve.frontend.open_text_work import TooSlowError
+from hbserve.frontend.text_process import TextProcess
 from hbserve.messages.text import (
     DEFAULT_CHAT,
     Answer,

@@ -1,8 +1,7 @@
 """API server's side of a tokenizer or detokenizer process: start, watch and replace it.
 
-The API server keeps all state that the process needs: the open questions, and the tokens so far of every open output.
-A process that dies is replaced, its successor gets that state again, and requests see only a pause.
-`hbserve.frontend.text_worker` is the process itself.
+`hbserve.frontend.text_worker` is the process itself. When it dies, a successor gets all open work again
+(`hbserve.frontend.open_text_work`), and requests see only a pause.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +17,12 @@ import msgspec
 import zmq
 
 from hbserve.config import Config
-from hbserve.errors import ContextLengthError, EngineDeadError, InvalidRequestError, RequestFailedError, StartupError
+from hbserve.errors import EngineDeadError, StartupError
+from hbserve.frontend.open_text_work import OpenQuestion, OpenTextWork
 from hbserve.messages.text import (
     Answer,
-    CheckGrammar,
-    CloseText,
-    EncodeChat,
-    FeedText,
-    OpenText,
     Question,
     StreamText,
-    TextFailed,
     TextReply,
     TextRequest,
     TextStreamOptions,
@@ -44,61 +36,12 @@ from hbserve.tokenizer.text_service import OnText, OutputStream
 
 _MODULE = "hbserve.frontend.text_worker"
 _ANSWER_TIMEOUT_S = 30.0
-_MAX_ATTEMPTS = 3
-_DIED = f"the process died of it, or beside it, {_MAX_ATTEMPTS} times; it fails, and the others go on"
-_LANES = ("chats", "side")
 _RETRY_START_S = 1.0
 """Time between two tries to start a process that the system refuses."""
 _REPLIES_PER_LOOK = 16
 """Replies between two looks at the clock."""
 _MIN_FRAME_BYTES = 2**16
 """Contents of questions from this size on are sent without a copy."""
-
-
-class _Query:
-    """Question that is not answered yet.
-
-    Attributes:
-        content: what does not fit into the request; see `hbserve.messages.text.EncodeText`.
-        lane: thread of the process that answers it, after those before it in this lane; None: a thread of its own.
-        was_at_work: whether the process worked on it when it ended, or was killed: then it is asked again last.
-    """
-
-    def __init__(self, request: Question, content: bytes | bytearray | None, answer: asyncio.Future[Answer]) -> None:
-        self.request, self.content, self.answer = request, content, answer
-        self.num_deaths = 0
-        self.asked_at = time.monotonic()
-        self.lane: str | None = "side"
-        if isinstance(request, CheckGrammar):
-            self.lane = None
-        elif isinstance(request, EncodeChat):
-            self.lane = None if request.has_template else "chats"
-        self.was_at_work = False
-
-
-class TooSlowError(InvalidRequestError):
-    """A chat whose template took longer than its share of processor time."""
-
-
-class _RemoteStream:
-    """Output whose text the process makes; keeps all its tokens, for a successor of the process."""
-
-    def __init__(self, process: TextProcess, number: int, options: TextStreamOptions, on_text: OnText) -> None:
-        self._process, self.number, self.options, self.on_text = process, number, options, on_text
-        self.answered: list[int] = []  # tokens whose text has come
-        self.pending: deque[FeedText] = deque()
-        self.num_deaths = 0
-        self.waits_since = 0.0
-
-    def feed(self, token_ids: list[int], shown: int, last: bool) -> None:
-        request = FeedText(stream=self.number, token_ids=token_ids, shown=shown, last=last)
-        if not self.pending:
-            self.waits_since = time.monotonic()
-        self.pending.append(request)
-        self._process.send(request)
-
-    def close(self) -> None:
-        self._process.close_stream(self)
 
 
 class TextProcess:
@@ -126,8 +69,7 @@ class TextProcess:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(list[TextReply])
         self._numbers = itertools.count(1)
-        self._queries: dict[int, _Query] = {}
-        self._streams: dict[int, _RemoteStream] = {}
+        self._work = OpenTextWork(name, self.send, on_event)
         self._batch: list[TextRequest] = []
         self._num_starts = 0
         self._child: ChildProcess | None = None
@@ -137,11 +79,8 @@ class TextProcess:
         self._watchers: list[asyncio.Task[None]] = []
         self._dead: EngineDeadError | None = None
         self._last_heard = 0.0
-        self._last_answers: dict[str | None, float] = {}  # by lane
         self._is_restarted = False  # killed by `restart`, and not replaced yet
         self._why_killed: str | None = None  # if it was killed, in words that follow its name
-        self._to_ask_again: deque[int] = deque()  # questions that were open at a death
-        self._suspect: int | None = None  # the one of these that the process has now
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -153,7 +92,7 @@ class TextProcess:
     @property
     def num_open(self) -> int:
         """Number of questions that are not answered yet."""
-        return len(self._queries)
+        return self._work.num_questions
 
     async def ask(
         self, make: Callable[[int, bytes | None], Question], content: bytes | bytearray | None = None
@@ -173,15 +112,12 @@ class TextProcess:
         number = next(self._numbers)
         inline = bytes(content) if content is not None and len(content) < _MIN_FRAME_BYTES else None
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        query = _Query(make(number, inline), content if inline is None else None, future)
-        self._queries[number] = query
+        question = OpenQuestion(make(number, inline), content if inline is None else None, future)
         try:
-            self.send(query.request, query.content)
-            return await query.answer
+            self._work.add_question(number, question)
+            return await future
         finally:
-            self._queries.pop(number, None)
-            if not query.answer.done() or query.answer.cancelled():  # the client has gone: spare the process the work
-                self.send(CloseText(stream=number))
+            self._work.end_question(number)
 
     @property
     def dead(self) -> EngineDeadError | None:
@@ -196,15 +132,7 @@ class TextProcess:
         """
         if self._dead is not None:
             raise self._dead
-        stream = _RemoteStream(self, next(self._numbers), options, on_text)
-        self._streams[stream.number] = stream
-        self.send(OpenText(stream=stream.number, options=options, token_ids=[]))
-        return stream
-
-    def close_stream(self, stream: _RemoteStream) -> None:
-        """Forget a stream."""
-        if self._streams.pop(stream.number, None) is not None:
-            self.send(CloseText(stream=stream.number))
+        return self._work.open_stream(next(self._numbers), options, on_text)
 
     def send(self, request: TextRequest, content: bytes | bytearray | None = None) -> None:
         """Send a request, in one message with all others of this turn of the event loop.
@@ -238,44 +166,10 @@ class TextProcess:
                 if number % _REPLIES_PER_LOOK == 0 and turn.is_over:
                     await turn.pass_on()
                 if isinstance(reply, StreamText):
-                    self._on_stream_text(reply)
+                    self._work.on_text(reply)
                 else:
-                    self._on_answer(reply)
+                    self._work.on_answer(reply)
             await asyncio.sleep(0)
-
-    def _on_stream_text(self, reply: StreamText) -> None:
-        stream = self._streams.get(reply.stream)
-        if stream is None:
-            return
-        request = stream.pending.popleft()
-        stream.waits_since = time.monotonic()
-        stream.num_deaths = 0
-        stream.answered += request.token_ids
-        if request.last or reply.output.stop_string is not None:
-            del self._streams[reply.stream]
-        stream.on_text(reply.output)
-
-    def _on_answer(self, reply: Answer) -> None:
-        if reply.query_id == self._suspect:
-            self._ask_again()
-        query = self._queries.get(reply.query_id)
-        if query is None:  # its client has gone: whichever lane it had, that one works
-            self._last_answers.update(dict.fromkeys(_LANES, time.monotonic()))
-        else:
-            self._last_answers[query.lane] = time.monotonic()
-        if query is None or query.answer.done():
-            return
-        if not isinstance(reply, TextFailed):
-            query.answer.set_result(reply)
-        elif reply.is_bug:
-            self._on_event("bug", self.name, reply.error)
-            query.answer.set_exception(RequestFailedError(reply.error))
-        elif reply.is_too_slow:
-            query.answer.set_exception(TooSlowError(reply.error, reply.param))
-        elif reply.is_too_long:
-            query.answer.set_exception(ContextLengthError(reply.error, reply.param))
-        else:
-            query.answer.set_exception(InvalidRequestError(reply.error, reply.param))
 
     # --- start and replacement -------------------------------------------------------------------
 
@@ -290,13 +184,9 @@ class TextProcess:
         return {
             "pid": child.pid if child is not None and child.is_alive() else None,
             "restarts": max(0, self._num_starts - 1),
-            "open_questions": len(self._queries),
-            "open_streams": len(self._streams),
+            "open_questions": self._work.num_questions,
+            "open_streams": self._work.num_streams,
         }
-
-    @property
-    def _is_at_work(self) -> bool:
-        return bool(self._queries) or any(stream.pending for stream in self._streams.values())
 
     async def start(self, deadline: float) -> None:
         """Start the process; see `TextProcesses.start`."""
@@ -321,16 +211,9 @@ class TextProcess:
             raise
         self._socket, self._address = socket, address
         self._receiver = asyncio.create_task(self._receive(socket))
-        for stream in self._streams.values():
-            stream.waits_since = time.monotonic()
-            self.send(OpenText(stream=stream.number, options=stream.options, token_ids=stream.answered))
-            for request in stream.pending:
-                self.send(request)
+        self._work.send_streams_again()
         self._flush()  # outputs first: a question may end this process too
-        for query in self._queries.values():
-            query.asked_at = math.inf  # not yet, see `_ask_again`
-        self._to_ask_again = deque(sorted(self._queries, key=lambda number: self._queries[number].was_at_work))
-        self._ask_again()
+        self._work.begin_asking_again()
 
     async def _wait_for_greeting(self, socket: AsyncSocket, child: ChildProcess) -> None:
         """Wait for the first message of a process that is ready, or for its end, whichever comes first."""
@@ -349,23 +232,9 @@ class TextProcess:
                 task.cancel()
             await asyncio.gather(greeting, end, return_exceptions=True)
 
-    def _ask_again(self) -> None:
-        """Send the next question that was open at a death, alone, so that the next death has one cause."""
-        self._suspect = None
-        while self._to_ask_again:
-            query = self._queries.get(number := self._to_ask_again.popleft())
-            if query is not None and not query.answer.done():
-                self._suspect = number
-                query.asked_at = time.monotonic()
-                self.send(query.request, query.content)
-                return
-
     def seconds_with(self, number: int) -> float:
         """Return how long the process has had a question; 0 while it is being replaced, or has another one first."""
-        query = self._queries.get(number)
-        if query is None or self._socket is None or number in self._to_ask_again:
-            return 0.0
-        return time.monotonic() - query.asked_at
+        return 0.0 if self._socket is None else self._work.seconds_with(number)
 
     def restart(self, why: str) -> None:
         """Replace the process, because it does work that cannot be interrupted; other questions are asked again.
@@ -385,11 +254,11 @@ class TextProcess:
             code = await self._child.wait()
             # A request may have caused a death at work, and no request may end the service. Only deaths at the start,
             # or without work, count against the budget.
-            was_at_work = self._socket is not None and self._is_at_work
+            was_at_work = self._socket is not None and self._work.is_waiting
             was_restarted, self._is_restarted = self._is_restarted, False
             how, self._why_killed = self._why_killed or f"ended with exit code {code}", None
             if was_at_work and not was_restarted:
-                self._count_deaths()
+                self._work.count_deaths()
             await self._disconnect()
             if not (was_at_work or was_restarted) and not budget.take():
                 self._give_up(f"the {self.name} {how}, too often to be replaced again (rpc.max_restarts)")
@@ -415,31 +284,10 @@ class TextProcess:
                 is_reported = True
                 await asyncio.sleep(_RETRY_START_S)
 
-    def _count_deaths(self) -> None:
-        """Fail the questions and outputs that were open at too many deaths: they may be the cause."""
-        for query in self._oldest_in_lanes():
-            query.was_at_work = True
-        for number, query in list(self._queries.items()):
-            query.num_deaths += self._suspect in (None, number)
-            if query.num_deaths >= _MAX_ATTEMPTS and not query.answer.done():
-                query.answer.set_exception(RequestFailedError(f"the {self.name} died of the request, or beside it"))
-                self._on_event("given_up", f"a request at {self.name}", _DIED)
-        for stream in list(self._streams.values()):
-            stream.num_deaths += bool(stream.pending)
-            if stream.num_deaths >= _MAX_ATTEMPTS:
-                del self._streams[stream.number]
-                stream.on_text(RequestFailedError(f"the {self.name} died of the output, or beside it"))
-                self._on_event("given_up", f"an output at {self.name}", _DIED)
-
     def _give_up(self, reason: str) -> None:
         self._on_event("given_up", self.name, reason)
         self._dead = EngineDeadError(reason)
-        for query in self._queries.values():
-            if not query.answer.done():
-                query.answer.set_exception(self._dead)
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.on_text(self._dead)
+        self._work.fail_all(self._dead)
 
     async def _watch_answers(self) -> None:
         """Kill a process that does not answer; `_keep_alive` then replaces it."""
@@ -448,27 +296,10 @@ class TextProcess:
             await asyncio.sleep(_ANSWER_TIMEOUT_S / 4)
             if time.monotonic() - began > _ANSWER_TIMEOUT_S / 2:
                 continue  # this process did not run itself: first it reads what has come meanwhile
-            late = time.monotonic() - _ANSWER_TIMEOUT_S
-            is_late = self._has_late_question(late)
-            if self._last_heard < late:  # else other streams get answers, and this one is in a long queue
-                is_late |= any(stream.pending and stream.waits_since < late for stream in self._streams.values())
+            is_late = self._work.is_late(time.monotonic() - _ANSWER_TIMEOUT_S, self._last_heard)
             if is_late and self._socket is not None and self._child is not None:
                 self._why_killed = f"did not answer for {_ANSWER_TIMEOUT_S:g} s"
                 self._child.kill()
-
-    def _oldest_in_lanes(self) -> list[_Query]:
-        by_lane = [[query for query in self._queries.values() if query.lane == lane] for lane in _LANES]
-        return [min(queries, key=lambda query: query.asked_at) for queries in by_lane if queries]
-
-    def _has_late_question(self, late: float) -> bool:
-        """Return whether a question was to be answered since ``late``, and mark the questions that may be the cause."""
-        causes = [query for query in self._queries.values() if query.lane is None and query.asked_at < late]
-        for oldest in self._oldest_in_lanes():  # one is answered after the other
-            if max(oldest.asked_at, self._last_answers.get(oldest.lane, 0.0)) < late:
-                causes.append(oldest)
-        for query in causes:
-            query.was_at_work = True
-        return bool(causes)
 
     async def _disconnect(self) -> None:
         socket, self._socket = self._socket, None

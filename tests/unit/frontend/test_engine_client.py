@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from hbserve import SamplingParams
 from hbserve.config import InstanceRole, RpcConfig
 from hbserve.errors import EngineDeadError, HBServeError, RequestFailedError, SchedulerRestartingError
 from hbserve.frontend.engine_client import EngineClient
+from hbserve.frontend.scheduler_line import NEXT_STATES, LineState
 from hbserve.messages.client import AddRequest, RequestOutput
 from tests.support.http_server import until
 from tests.support.scripted_scheduler import DEADLINE_S, ScriptedScheduler, output
@@ -46,6 +48,20 @@ async def three_tokens_of_five(request: AddRequest) -> AsyncIterator[RequestOutp
 
 def tokens(outputs: list[RequestOutput | HBServeError]) -> list[int]:
     return [token for output in outputs if isinstance(output, RequestOutput) for token in output.token_ids]
+
+
+def test_the_states_of_a_line(tmp_path: Path) -> None:
+    assert NEXT_STATES.keys() == set(LineState)
+    assert not NEXT_STATES[LineState.DEAD] - {LineState.DEAD}
+    client = EngineClient(f"ipc://{tmp_path}/scheduler")
+    for state, following in itertools.product(LineState, LineState):
+        client._line.state = state
+        if following in NEXT_STATES[state]:
+            client._line.enter(following)
+            assert client._line.state is following
+        else:
+            with pytest.raises(AssertionError, match=f"{state} -> {following}"):
+                client._line.enter(following)
 
 
 async def test_requests_and_questions_go_on_at_the_next_scheduler(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ OWNERS = {
     "phases": (r"\.phase = ", {"sequence.py"}),
     "a request's memory": (r"\.(?:free|free_slot|free_allocation)\(", {"phases.py"}),
     "the choice of workers": (r"\._current\b", {"worker_choice.py"}),
-    "connections": (r"(?:by_connection\[.*\] = |\.last_seen = )", {"worker_registry.py"}),
+    "connections": (r"by_connection\[.*\] = ", {"connections.py"}),
+    "signs of life": (r"\.last_seen = ", {"worker_registry.py"}),
     "the queue": (r"waiting\.(?:append|insert|remove|pop)\(", {"waiting_queue.py"}),
 }
 FIRST_VALUE = r"        self\.last_seen = clock\.now"
