@@ -5,16 +5,14 @@ the file, the line and the nearest valid name. Python users write the flat, chan
 `freeze` turns into a `Config`.
 """
 
+from hbserve.config.kv import DiskTierConfig, KVCacheConfig, KVTransferConfig, StoreTierConfig
 from hbserve.config.sections import (
     MAX_DRAFT_TOKENS,
     ChunkedPrefillConfig,
     Config,
     CudaGraphConfig,
-    DiskTierConfig,
     InstanceConfig,
     InstanceRole,
-    KVCacheConfig,
-    KVTransferConfig,
     LoggingConfig,
     Mode,
     ModelConfig,
@@ -23,7 +21,6 @@ from hbserve.config.sections import (
     SchedulerConfig,
     ServerConfig,
     SpeculationConfig,
-    StoreTierConfig,
     TelemetryConfig,
 )
 from hbserve.config.semi_pd import LadderConfig, SemiPDConfig, SLOConfig
