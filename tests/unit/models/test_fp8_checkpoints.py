@@ -94,7 +94,8 @@ def test_matrices_that_are_computed_as_one_must_be_of_one_group(tmp_path: Path) 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 def test_weights_without_quantised_inputs_are_widened(granularity: str, tmp_path: Path) -> None:
     """Every rank has its share of the dequantised matrices, also of experts; nothing else is rounded."""
-    shape = {"moe_intermediate_size": 192, "num_hidden_layers": 1, "mlp_only_layers": [], "hidden_size": 256}
+    shape: dict[str, Any] = {"moe_intermediate_size": 192, "num_hidden_layers": 1, "hidden_size": 256}
+    shape["mlp_only_layers"] = []
     model = save_model(tmp_path, "qwen3_moe", **shape)
     weights = load_file(tmp_path / "model.safetensors")
     plain = dict(weights)

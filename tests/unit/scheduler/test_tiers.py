@@ -76,7 +76,7 @@ class System:
             inbox = list(results)
             if self.stores_at_once:
                 stores = [copy for copy in self.copies if isinstance(copy, StoreBlocks)]
-                self.copies = self.loads()
+                self.copies = [*self.loads()]
                 inbox += [FromWorker(1, self._end_of(store)) for store in stores]
             self.scheduler._requests.tiers.check_consistency()
             if not inbox:
