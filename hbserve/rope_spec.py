@@ -146,17 +146,17 @@ def read_ropes(family: Family, config: Any, head_dim: int, max_model_len: int | 
                 raise ModelError(
                     f"rope_parameters.{name}: truncate false is not supported; transformers does not read it there"
                 )
-        by_type = {name: _rope(family, parameters[name], head_dim, longest) for name in {*config.layer_types}}
+        by_type = {
+            name: _rope(family, _with_factor(parameters[name], config), head_dim, longest)
+            for name in {*config.layer_types}
+        }
         ropes = tuple(by_type[name] for name in config.layer_types)
     elif nested:
         raise ModelError(
             f"rope_parameters by layer type ({', '.join(nested)}) are not supported, only one for all layers"
         )
     else:
-        if parameters.get("factor") is None and parameters.get("original_max_position_embeddings"):
-            stretch = config.max_position_embeddings / parameters["original_max_position_embeddings"]
-            parameters = {**parameters, "factor": stretch}  # the default of longrope, as in transformers
-        ropes = (_rope(family, parameters, head_dim, longest),) * num_layers
+        ropes = (_rope(family, _with_factor(parameters, config), head_dim, longest),) * num_layers
     if family.rotated_layers is None:
         return ropes
     is_rotated = family.rotated_layers(config)
@@ -165,6 +165,14 @@ def read_ropes(family: Family, config: Any, head_dim: int, max_model_len: int | 
             f"which layers have a rotary embedding must be a list of {num_layers} times 0 or 1, got {shown(is_rotated)}"
         )
     return tuple(rope if rotated else None for rope, rotated in zip(ropes, is_rotated, strict=False))
+
+
+def _with_factor(parameters: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
+    """Add transformers' default of the factor, where there is none."""
+    original = parameters.get("original_max_position_embeddings")
+    if parameters.get("factor") is not None or not original:
+        return parameters
+    return {**parameters, "factor": config.max_position_embeddings / original}
 
 
 def _rope(family: Family, parameters: Mapping[str, Any], head_dim: int, longest: int) -> RopeSpec:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 NormKind = Literal["rms", "olmo_rms", "gemma_rms", "layer", "layer_1p", "plain_layer"]
 """Kinds of norms; `hbserve.layers.norms` has the formulae."""
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "xielu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "relu", "relu2", "clamped_swiglu", "xielu"]
 
 ACTIVATIONS_BY_NAME: Mapping[str, Activation] = {
     "silu": "silu",
@@ -21,6 +21,8 @@ ACTIVATIONS_BY_NAME: Mapping[str, Activation] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "gelu_sigmoid",
     "relu": "relu",
     "relu2": "relu2",
     "xielu": "xielu",
@@ -147,7 +149,7 @@ class Family:
         stacked_experts: names of two tensors with the matrices of all experts, ``gate | up`` and down; None: each
             expert has its own.
         has_expert_biases: the router and the experts have biases. The tensors of ``stacked_experts`` then are
-            ``[experts, inputs, outputs]`` and have no suffix, biases have ``_bias``, and outputs of gate and up take
+            ``[experts, inputs, outputs]``, those of biases have the suffix ``_bias``, and outputs of gate and up take
             turns.
         shared_expert: name of the expert that computes every token, within the layer.
         shared_matrices: names of its matrices, as ``up`` and ``down``; None: they have those names.

@@ -1,8 +1,8 @@
 """Granite 3 and 4 (IBM 2024, 2025): Llama with four factors (Yang et al. 2022, maximal update parametrisation).
 
 The models with experts have them in all layers, stacked in one tensor. Granite 4's class also has Mamba layers;
-models without them (Micro, 1B, 350M) are served. A later one (2026) has sinks, and windows by layer. HyperCLOVA X
-(NAVER 2025) has norms of what a block adds, too, and multiplies the logits where Granite divides.
+models without them (Micro, 1B, 350M) are served. Later ones (2026), with experts or without, have sinks, and windows by
+layer. HyperCLOVA X (NAVER 2025) has norms of what a block adds, too, and multiplies the logits where Granite divides.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ GRANITE_MOE = Family(
     scales=_scales,
     experts=_experts,
     router="router.layer",
-    stacked_experts=("input_linear", "output_linear"),
+    stacked_experts=("input_linear.weight", "output_linear.weight"),
     keys=(*GRANITE.keys, "num_local_experts", "num_experts_per_tok"),
 )
 
@@ -80,6 +80,18 @@ GRANITE_MOE_SHARED = dataclasses.replace(
     shared_expert="shared_mlp",
     shared_matrices=(("input_linear",), "output_linear"),
     keys=(*GRANITE_MOE.keys, "shared_intermediate_size"),
+)
+
+GRANITE_MOE_SWA = dataclasses.replace(
+    GRANITE_MOE_SHARED,
+    model_type="granitemoe_swa",
+    architecture="GraniteMoeSWAForCausalLM",
+    router="router",
+    stacked_experts=("experts.gate_up_proj", "experts.down_proj"),
+    has_sinks=True,
+    windows="by_layer",
+    rotated_layers=_rotated_layers,
+    keys=(*GRANITE_MOE_SHARED.keys, "layer_rope_theta"),
 )
 
 GRANITE_4 = Family(

@@ -69,7 +69,6 @@ HUNYUAN_V3 = Family(
     qk_norm="head",
     qkv_bias="attention_bias",
     o_bias="attention_bias",
-    mlp_bias="mlp_bias",
     has_draft_layers=True,
     experts=_experts_v3,
     router="router.gate",
@@ -79,4 +78,5 @@ HUNYUAN_V3 = Family(
         *("num_experts", "num_local_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size"),
         *("router_scaling_factor", "mlp_layer_types"),
     ),
+    fixed={"mlp_bias": (False, None)},
 )

@@ -18,7 +18,7 @@ class CheckpointPart:
     """A tensor of the checkpoint and the slice of it that a rank holds.
 
     Attributes:
-        name, shape: name and whole shape in the checkpoint.
+        name, shape: name and whole shape in the checkpoint; `stored_shape` where another one is stored.
         dim: dimension that the ranks divide.
         start, stop: this rank's slice of that dimension.
     """
@@ -44,13 +44,18 @@ class CheckpointPart:
         return None
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the checkpoint."""
+        return self.shape
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's slice in the arena."""
         return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
 
     def has_shape(self, shape: tuple[int, ...]) -> bool:
         """Return whether the tensor may have that shape in the checkpoint."""
-        return shape == self.shape
+        return shape == self.stored_shape
 
     def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         """Read this rank's slice, of `local_shape` and any dtype, on any device.

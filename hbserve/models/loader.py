@@ -78,7 +78,9 @@ def check_parts(
         paths = checkpoint_files(folder)
         place = paths[0] if len(paths) == 1 else f"{folder} ({len(paths)} files)"
         others = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{place}: there is no tensor {missing[0].name} of shape {list(missing[0].shape)}{others}")
+        raise ModelError(
+            f"{place}: there is no tensor {missing[0].name} of shape {list(missing[0].stored_shape)}{others}"
+        )
 
 
 def load_weights(
@@ -201,7 +203,7 @@ def _places(
 def _check_tensor(name: str, entry: TensorEntry, part: CheckpointPart) -> None:
     if not part.has_shape(entry.shape):
         raise ModelError(
-            f"{entry.path}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(part.shape)}"
+            f"{entry.path}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(part.stored_shape)}"
         )
     if entry.dtype not in part.stored_dtypes:
         raise ModelError(f"{entry.path}: tensor {name} is {entry.dtype}; supported are {', '.join(part.stored_dtypes)}")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hbserve.errors import ModelError
 from hbserve.models.checkpoint_part import CheckpointPart, StackedExpertsPart
 
 _BLOCK, _EXPONENT_BIAS = 32, 127
@@ -41,6 +42,8 @@ class Mxfp4ExpertsPart(StackedExpertsPart):
     stored_dtypes: ClassVar[tuple[str, ...]] = ("U8",)
 
     def __post_init__(self) -> None:
+        if self.shape[2] % _BLOCK:
+            raise ModelError(f"experts in MXFP4 have inputs in blocks of {_BLOCK}, but {self.name} has {self.shape[2]}")
         object.__setattr__(self, "name", f"{self.name}_blocks")
 
     @property
@@ -52,8 +55,9 @@ class Mxfp4ExpertsPart(StackedExpertsPart):
     def _shape_of_scales(self) -> tuple[int, ...]:
         return (*self.shape[:2], self.shape[2] // _BLOCK)
 
-    def has_shape(self, shape: tuple[int, ...]) -> bool:
-        return self.shape[2] % _BLOCK == 0 and shape == (*self._shape_of_scales, _BLOCK // 2)
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return (*self._shape_of_scales, _BLOCK // 2)
 
     def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         rows = torch.empty(self.local_shape, dtype=torch.bfloat16, device=device)

@@ -262,7 +262,7 @@ class Sharding:
                 (ColumnExpertsPart(down, (count, inner.size, hidden), 2, start, stop, 1, *local),),
             )
         if family.stacked_experts is not None:
-            up, down = (f"{prefix}{name}.weight" for name in family.stacked_experts)
+            up, down = (f"{prefix}{name}" for name in family.stacked_experts)
             up_shape, down_shape = (count, 2 * inner.size, hidden), (count, hidden, inner.size)
             start, stop = inner.bounds
             return (

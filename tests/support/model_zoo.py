@@ -185,6 +185,21 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "phi3_partial": {"model_type": "phi3", "num_attention_heads": 2, "partial_rotary_factor": 0.75},
     "olmo2": {"model_type": "olmo2", "attention_bias": True, "hidden_act": "relu"},
+    "olmo3_long": {
+        "model_type": "olmo3",
+        "hidden_act": "quick_gelu",
+        "layer_types": ["full_attention"] * 3,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 64,
+                "short_factor": [1 + 0.1 * pair for pair in range(8)],
+                "long_factor": [2.0 + pair for pair in range(8)],
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
     "olmo3": {
         "model_type": "olmo3",
         "sliding_window": 24,
@@ -369,6 +384,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_rope_theta": [10000.0, 0, 10000.0],
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "granitemoe_swa": {
+        "model_type": "granitemoe_swa",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 4.0,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 80,
+        "sliding_window": 24,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "layer_rope_theta": [10000.0, 0, 10000.0],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "apertus": {"model_type": "apertus", "rope_parameters": _LLAMA3_ROPE},
     "internlm3": {"model_type": "internlm3", "head_dim": 16, "qkv_bias": True, "bias": True},
     "cohere": {"model_type": "cohere", "tie_word_embeddings": True, "logit_scale": 0.25},
@@ -415,10 +444,32 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 """The same without those that the installed transformers is too old for."""
 
 _SHARED = (
-    *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
+    *(
+        "olmo3_long",
+        "qwen2_moe",
+        "glm4_moe_groups",
+        "dots1",
+        "phi3_long",
+        "vaultgemma",
+        "arcee",
+        "nemotron",
+        "jais2",
+        "stablelm",
+    ),
     *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
     *("olmoe", "mistral_full", "cwm", "seed_oss", "ernie4_5", "helium"),
-    *("hy_v3", "iquestcoder", "granite_swa", "apertus", "ministral3", "internlm3", "cohere", "hunyuan", "hunyuan_moe"),
+    *(
+        "hy_v3",
+        "iquestcoder",
+        "granite_swa",
+        "granitemoe_swa",
+        "apertus",
+        "ministral3",
+        "internlm3",
+        "cohere",
+        "hunyuan",
+        "hunyuan_moe",
+    ),
     *("granitemoeshared", "granite4", "gemma3_with_images", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]

@@ -191,6 +191,31 @@ def test_experts_in_mxfp4_are_widened(tmp_path: Path) -> None:
     assert torch.equal(torch.stack((first, second)).view(gates_and_ups.shape).float(), gates_and_ups)
 
 
+def test_a_wrong_shape_of_experts_in_mxfp4_is_told_as_it_is_stored(tmp_path: Path) -> None:
+    save_model(tmp_path, "gpt_oss")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.experts.down_proj"
+    for stacked in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        count, num_inputs, num_outputs = tensors.pop(stacked).shape
+        tensors[f"{stacked}_blocks"] = torch.zeros(count, num_outputs, num_inputs // 32, 16, dtype=torch.uint8)
+        tensors[f"{stacked}_scales"] = torch.zeros(count, num_outputs, num_inputs // 32, dtype=torch.uint8)
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    wrong = tensors[f"{name}_blocks"][:, :5].contiguous()
+    save_file(tensors | {f"{name}_blocks": wrong}, path)
+    with pytest.raises(
+        ModelError, match=r"down_proj_blocks has shape \[6, 5, 3, 16\], config.json asks for \[6, 64, 3, 16\]"
+    ):
+        our_logits(tmp_path, random_tokens(3), torch.float32, cpu())
+    del tensors[f"{name}_blocks"]
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"there is no tensor \S*down_proj_blocks of shape \[6, 64, 3, 16\]"):
+        our_logits(tmp_path, random_tokens(3), torch.float32, cpu())
+    edit_config(tmp_path, intermediate_size=80)
+    with pytest.raises(ModelError, match=r"blocks of 32, but .*down_proj has 80"):
+        our_logits(tmp_path, random_tokens(3), torch.float32, cpu())
+
+
 def test_weights_are_converted_to_the_serving_dtype(tmp_path: Path) -> None:
     model = save_model(tmp_path, "llama")
     spec = ModelSpec.load(tmp_path)
@@ -443,7 +468,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention.* not supported"),
         ("llama", {"rope_parameters": {"rope_type": ["default"], "rope_theta": 1e4}}, "rope_type"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters"),
-        ("llama", {"hidden_act": "quick_gelu"}, 'hidden_act "quick_gelu" is not supported; supported are silu'),
+        ("llama", {"hidden_act": "mish"}, 'hidden_act "mish" is not supported; supported are silu'),
         ("llama", {"head_dim": 15}, "15"),
         (
             "glm4",
