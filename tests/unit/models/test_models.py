@@ -136,7 +136,7 @@ def test_logits_are_as_close_to_fp32_as_those_of_transformers(name: str, dtype: 
         (x - exact).square().mean(-1).sqrt().median().item() for x in (ours, reference_logits)
     )
     assert our_error < 1.25 * reference_error
-    assert reference_error < 0.1 * exact.std().item(), "the reference itself is wrong"
+    assert reference_error < 0.2 * exact.std().item(), "the reference itself is wrong"
 
 
 @pytest.mark.gpu
