@@ -42,7 +42,7 @@ class RotaryEmbedding:
         self._is_partial = self.rotated_dim < head_dim
         self.is_interleaved = rope.is_interleaved
         self._rotate = rotate_neighbours if rope.is_interleaved else rotate
-        self.mix_stages = (head_dim // 2).bit_length() - 1 if head_dim.bit_count() == 1 else 0
+        self.mix_stages = num_mixed_pairs(head_dim).bit_length() - 1
         self._lanes = _lanes(self.rotated_dim, head_dim, rope.is_interleaved).to(device)
         self._places = self._lanes.argsort()
         self.inverse_frequencies = inverse_frequencies(rope, self.rotated_dim).to(device)
@@ -78,6 +78,11 @@ class RotaryEmbedding:
             return heads
         lanes = heads[..., self._lanes].float().view(*heads.shape[:-1], 2, -1)
         return hadamard(lanes, self.mix_stages).view(heads.shape)[..., self._places].to(heads.dtype)
+
+
+def num_mixed_pairs(head_dim: int) -> int:
+    """Return how many pairs of a head `RotaryEmbedding.mix` mixes with each other: all, or 1 where it does nothing."""
+    return head_dim // 2 if head_dim.bit_count() == 1 else 1
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

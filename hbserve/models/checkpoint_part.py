@@ -150,7 +150,13 @@ class ColumnExpertsPart(StackedExpertsPart):
 
 @dataclass(frozen=True)
 class KVScalePart(CheckpointPart):
-    """Scales of a layer's keys or values: of each KV head, or of all; start and stop are this rank's heads."""
+    """Scales of a layer's keys or values: of each KV head, or of all; start and stop are this rank's heads.
+
+    Attributes:
+        growth: factor of the scales, for numbers that may be larger by it than those of the model.
+    """
+
+    growth: float
 
     arena_dtype: ClassVar[str | None] = "float32"
     is_slice: ClassVar[bool] = False
@@ -164,7 +170,7 @@ class KVScalePart(CheckpointPart):
 
     def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         scales = cast(Tensor, source[...]).reshape(1, -1).expand(1, *self.shape)
-        return scales[:, self.start : self.stop]
+        return scales[:, self.start : self.stop] * self.growth
 
 
 @dataclass(frozen=True)

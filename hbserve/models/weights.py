@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hbserve.errors import ModelError
 from hbserve.layers.parallel import vocab_shard
+from hbserve.layers.rotary import num_mixed_pairs
 from hbserve.model_families.declaration import Experts
 from hbserve.model_spec import DTYPES, EMBEDDING, LM_HEAD, ModelSpec
 from hbserve.models.checkpoint_part import (
@@ -161,8 +162,16 @@ class Sharding:
                 yield f"layers.{layer}.{name}", parts
         yield self._norm("final", "model.norm")
         if spec.kv_format is not None and spec.kv_format.scale_names is not None:
-            names = (f"model.layers.{i}.{name}" for i in range(spec.num_layers) for name in spec.kv_format.scale_names)
-            yield "kv_scales", tuple(KVScalePart(name, (spec.num_kv_heads,), 0, *self.kv_heads()) for name in names)
+            # A number of a mixed key is at most that often the largest of the key (`RotaryEmbedding.mix`).
+            growths = math.sqrt(num_mixed_pairs(spec.head_dim)), 1.0
+            yield (
+                "kv_scales",
+                tuple(
+                    KVScalePart(f"model.layers.{layer}.{name}", (spec.num_kv_heads,), 0, *self.kv_heads(), growth)
+                    for layer in range(spec.num_layers)
+                    for name, growth in zip(spec.kv_format.scale_names, growths, strict=True)
+                ),
+            )
         if spec.family.has_sinks:
             heads = self.share(spec.num_heads, "num_attention_heads")
             names = (f"model.layers.{layer}.self_attn.sinks" for layer in range(spec.num_layers))

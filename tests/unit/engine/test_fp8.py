@@ -126,7 +126,8 @@ def test_kv_is_scaled_as_the_checkpoint_says(names: tuple[str, str], tmp_path: P
     rope = runner.spec.ropes[0]
     assert rope is not None
     mixed = RotaryEmbedding(rope, runner.spec.head_dim, torch.device("cpu")).mix(exact[:, 0])
-    for index, (scale, wanted) in enumerate(((scales[0][:, None], mixed), (scales[1], exact[:, 1]))):
+    key_scales = scales[0][:, None] * (runner.spec.head_dim / 2) ** 0.5  # mixed numbers may be larger
+    for index, (scale, wanted) in enumerate(((key_scales, mixed), (scales[1], exact[:, 1]))):
         values = widened(short[:, index]) * scale
         error, bound = (values - wanted).abs(), wanted.abs() / 16 + scale * 2**-10
         assert (error <= bound)[written].all()

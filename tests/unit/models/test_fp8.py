@@ -14,7 +14,7 @@ from hbserve.errors import ModelError
 from hbserve.float8 import rounded, widened
 from hbserve.layers.fp8 import Fp8Linear, quantise
 from hbserve.layers.linear import PlainLinear
-from hbserve.layers.rotary import RotaryEmbedding
+from hbserve.layers.rotary import RotaryEmbedding, num_mixed_pairs
 from hbserve.model_spec import ModelSpec
 from hbserve.models.decoder import Decoder
 from hbserve.models.loader import fill_dummy_weights, load_weights
@@ -213,6 +213,8 @@ def test_mixed_heads_have_the_same_products_and_less_error_in_fp8(
     short = torch.einsum("qhd,khd->hqk", rotary.mix(q), widened(rounded(rotary.mix(k))))
     torch.testing.assert_close(mixed, exact, atol=1e-3, rtol=1e-5)
     assert (short - exact).norm() < 0.6 * (plain - exact).norm()
+    extreme = rotary.mix(torch.ones(1, 1, 64)).abs().max().item()
+    assert extreme == pytest.approx(num_mixed_pairs(64) ** 0.5)
     other = RotaryEmbedding(RopeSpec(1e4), 96, cpu().device)  # as Phi-3's: 48 pairs
     assert other.mix(x := torch.randn(2, 3, 96)) is x
 

@@ -166,7 +166,10 @@ def test_scales_of_kv_are_read_where_kv_is_fp8(
             scales = torch.tensor([0.5 + layer + 0.1 * number])
             if num_heads is not None:
                 scales = scales + torch.arange(num_heads).view(-1, 1, 1)
-            expected.append(scales.flatten().expand(2))
+            growth = (
+                32**0.5 if kind == "k" else 1
+            )  # a mixed number may be that often the largest of its head's 32 pairs
+            expected.append(scales.flatten().expand(2) * growth)
             weights[f"model.layers.{layer}.self_attn.{names.format(kind, kind)}"] = scales
         weights[f"model.layers.{layer}.self_attn.q_scale"] = torch.ones(1)
     rewrite(tmp_path, weights, compressed_tensors("channel", False, kv_cache_scheme=SCHEME))
