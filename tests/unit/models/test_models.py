@@ -698,7 +698,7 @@ def test_a_head_of_its_own_is_used_although_the_configuration_ties_it(tmp_path: 
 def test_a_tied_model_may_be_saved_with_its_head_alone(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen3")
     embeddings = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()
-    edit_weights(tmp_path, removed="model.embed_tokens.weight", **{"lm_head.weight": embeddings})
+    edit_weights(tmp_path, {"lm_head.weight": embeddings}, removed="model.embed_tokens.weight")
     assert ModelSpec.load(tmp_path).tied_embeddings
     expect_transformers_logits(tmp_path)
 
