@@ -32,6 +32,9 @@ _FIRST_TOKENS = 512
 """Prompt tokens of a step while nothing is known of such steps."""
 _GROWTH = 2
 """Multiple of the largest step seen that a step may have, where no profile says what larger ones take."""
+_ROWS_PER_READ = 4
+"""Rows of one sequence for which attention reads its keys once, where a KV head has four query heads
+(`hbserve.attention.paged_decode`)."""
 _EXTRAPOLATION = 4.0
 """Multiple of the longest context seen that prompts are predicted for; longer ones cost as if they were that long.
 Short prompts hardly tell what a pair costs."""
@@ -41,8 +44,8 @@ class StepWork(NamedTuple):
     """Work of a step, as far as its duration depends on it.
 
     Attributes:
-        decode_rows: sequences that get one more token.
-        decode_keys: sum of the positions before them.
+        decode_rows: sequences that get one more token, and guesses of further ones (`hbserve.speculation`).
+        decode_keys: keys that attention reads for them: the sequences' positions, and `keys_of_guesses`.
         prompt_tokens: tokens of all prompt chunks.
         prompt_pairs: pairs of queries and keys of these tokens.
         is_shared: another worker computes on the same device meanwhile.
@@ -53,6 +56,11 @@ class StepWork(NamedTuple):
     prompt_tokens: float = 0
     prompt_pairs: float = 0.0
     is_shared: bool = False
+
+
+def keys_of_guesses(num_guesses: float, position: float) -> float:
+    """Compute the keys that attention reads for guesses of a sequence at ``position``, beside those for its token."""
+    return num_guesses * position / _ROWS_PER_READ
 
 
 def num_pairs(tokens: float, start: float) -> float:

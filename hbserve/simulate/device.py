@@ -33,7 +33,7 @@ from hbserve.messages.worker import (
     StepPlan,
     StepResult,
 )
-from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, keys_of_guesses, num_pairs
 from hbserve.simulate.clock import Event, Progress, SimulatedClock
 from hbserve.simulate.config import BLOCK_SIZE
 from hbserve.simulate.requests import VOCAB_SIZE
@@ -59,14 +59,14 @@ Send = Callable[[InstanceReply], None]
 
 
 def _work_of(rows: Iterable[PlanRow]) -> StepWork:
-    """Return what a step computes. A row of one token counts as a decoding sequence, and each guess as one more."""
-    tokens = batch = context = 0
-    pairs = 0.0
+    """Return what a step computes."""
+    tokens = batch = 0
+    context = pairs = 0.0
     for row in rows:
         count = row.num_tokens
         if count == 1 + row.num_drafts:
             batch += count
-            context += count * row.start
+            context += row.start + keys_of_guesses(row.num_drafts, row.start)
         else:
             tokens += count
             pairs += num_pairs(count, row.start)

@@ -18,7 +18,7 @@ from collections.abc import Sequence as Items
 from enum import Enum
 from typing import NamedTuple
 
-from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, keys_of_guesses
 from hbserve.speculation.speculator import Draft, Record
 
 _MIN_GAIN = 1.03
@@ -101,7 +101,7 @@ def choose(
     """
     num_rows = work.decode_rows
     step_s = max(predictor.seconds(work), _MIN_STEP_S)
-    keys = sum(candidate.position for candidate in candidates) / len(candidates)
+    keys = keys_of_guesses(1, sum([candidate.position for candidate in candidates]) / len(candidates))
     more = work._replace(decode_rows=num_rows + 1, decode_keys=work.decode_keys + keys)
     row_s = max(predictor.seconds(more) - step_s, 0.0)
     num_of_model = sum(candidate.draft.num_to_draft > 0 for candidate in candidates)

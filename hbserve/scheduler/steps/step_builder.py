@@ -8,7 +8,7 @@ import msgspec
 
 from hbserve.messages.transfer import SendBlocks
 from hbserve.messages.worker import NO_STOP, PlanRow, SequenceState
-from hbserve.policy.step_time_predictor import StepWork
+from hbserve.policy.step_time_predictor import StepWork, keys_of_guesses
 from hbserve.scheduler.sequence import InflightRow, KVAllocation, Sequence
 from hbserve.scheduler.worker import WorkerHandle
 from hbserve.speculation import Draft
@@ -55,7 +55,7 @@ class StepBuilder:
         self.prefill_rows = 0
         self.prefill_tokens = 0
         self.prefill_pairs = 0.0
-        self.decode_keys = 0
+        self.decode_keys = 0.0
 
     @property
     def work(self) -> StepWork:
@@ -122,13 +122,13 @@ class StepBuilder:
             self._add_draft(allocation, len(draft.token_ids), start)
 
     def _add_draft(self, allocation: KVAllocation, num_drafts: int, start: int) -> None:
-        """Make the last row one with a draft; each of its tokens computes as much as a row of its own."""
+        """Make the last row one with a draft."""
         self.rows[-1] = msgspec.structs.replace(self.rows[-1], num_drafts=num_drafts)
         allocation.is_drafting = True
         self.num_samples += num_drafts
         self.num_drafts += num_drafts
         self.num_to_draft += self.inflight[-1].num_to_draft
-        self.decode_keys += num_drafts * start + num_drafts * (num_drafts + 1) // 2
+        self.decode_keys += keys_of_guesses(num_drafts, start)
 
     def tell(self, sequence: Sequence, allocation: KVAllocation) -> list[int]:
         """Tell the worker of a sequence that it does not know; returns the new blocks that the row must name."""
