@@ -173,8 +173,12 @@ def install(app: FastAPI, bodies: Mapping[str, type[Body]]) -> None:
 
 def _validation_error(error: RequestValidationError, known: list[str]) -> ApiError:
     """Return the first error of a body; ``known`` are its parameters."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"][1:]]  # the first part is "body"
+    errors = error.errors()
+    # A value that may be of several types has an error of each. The one that got furthest is of the type that is meant.
+    first = max([one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]], key=lambda one: len(one["loc"]))
+    _, *names = first["loc"]  # the first part is "body"
+    is_unknown = first["type"] == "extra_forbidden"
+    path = [str(name) for index, name in enumerate(names) if not index or is_unknown or not _is_type(name)]
     param = None if first["type"] == "json_invalid" else ".".join(path) or None
     match first["type"]:
         case "json_invalid":
@@ -192,3 +196,8 @@ def _validation_error(error: RequestValidationError, known: list[str]) -> ApiErr
         case _:
             message = f"{param}: {first['msg'].removeprefix('Value error, ')}"
     return ApiError(400, message, "invalid_request_error", param)
+
+
+def _is_type(part: int | str) -> bool:
+    """Whether a part of an error's path is no parameter but the type that a value was compared with."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part)

@@ -352,9 +352,22 @@ async def test_a_prediction_is_tried_and_counted(real_api: openai.AsyncOpenAI) -
     )
     assert predicted.choices[0].message.content == document
     assert predicted.usage.completion_tokens_details.accepted_prediction_tokens > 0
-    for wrong in ({"type": "content"}, {"type": "text", "content": "a"}, "a", {"type": "content", "content": 5}):
-        with pytest.raises(openai.BadRequestError, match="prediction"):
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    for wrong, param in (
+        ({"type": "content"}, "prediction.content"),
+        ({"type": "text", "content": "a"}, "prediction.type"),
+        ("a", "prediction"),
+        ({"type": "content", "content": 5}, "prediction.content"),
+        ({"type": "content", "content": [image]}, "prediction.content.0.type"),
+    ):
+        with pytest.raises(openai.BadRequestError, match="prediction") as refused:
             await answer(prediction=wrong)
+        assert refused.value.param == param
+    response = await real_api.responses.create(
+        model=MODEL, input="Count.", max_output_tokens=5, extra_body={"prediction": {"type": "content", "content": "5"}}
+    )
+    assert response.usage is not None
+    assert response.usage.output_tokens_details.reasoning_tokens == 0
 
 
 async def test_structured_output_through_the_api(real_api: openai.AsyncOpenAI) -> None:
