@@ -16,5 +16,6 @@
     └───────────────────────────────────────────────┘         └───────────────────────────────────────┘
 
 Both load their part of the model with loaded_rank.py, in the main thread. standby.py is a process of either kind before
-it knows what it will be, and join_client.py is how a worker asks a running system to take it.
+it knows what it will be. scheduler_session.py says which scheduler a worker obeys, and join_client.py asks a running
+system to take the worker.
 """

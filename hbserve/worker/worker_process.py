@@ -3,8 +3,8 @@
 The scheduler sends plans and commands, and the worker answers with tokens. With tensor parallelism the other ranks are
 children of this process and end with it, so the scheduler sees one worker.
 
-A worker holds nothing that the scheduler could not send again. A scheduler that does not know the worker's epoch gets
-a new epoch, with empty tables. If several schedulers ping, the worker obeys the one that was started last.
+A worker holds nothing that the scheduler could not send again. `hbserve.worker.scheduler_session` says which scheduler
+it obeys, and when it forgets everything.
 
 `run` is in the main thread; a comment above each group of methods names the thread of the others. The package's
 docstring has a picture of the threads.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import queue
 import time
 from dataclasses import dataclass
@@ -30,18 +29,14 @@ from hbserve.kv_tiers.joint_results import JointTierResults
 from hbserve.kv_transfer.joint_results import JointResults
 from hbserve.messages.supervisor import EventKind, ReportEvent
 from hbserve.messages.tiers import FindBlocks, FoundBlocks, HostMemory, LoadBlocks, StoreBlocks
-from hbserve.messages.transfer import CancelTransfer, LinkOpened, Peer, TransferReply
+from hbserve.messages.transfer import CancelTransfer, LinkOpened, TransferReply
 from hbserve.messages.worker import (
-    Hello,
     InstanceFailed,
     Leaving,
-    Ping,
-    Pong,
     Shutdown,
     StepLost,
     StepPlan,
     StepResult,
-    Superseded,
     WantsToLeave,
 )
 from hbserve.process import child, event_loop
@@ -53,6 +48,7 @@ from hbserve.worker.captures import Captures
 from hbserve.worker.join_client import JoinClient
 from hbserve.worker.loaded_rank import loaded_rank
 from hbserve.worker.rank_group import EXIT_RANK_LOST, RankGroup
+from hbserve.worker.scheduler_session import SchedulerSession
 from hbserve.worker.step_pipeline import StepPipeline, UnfinishedSteps
 
 if TYPE_CHECKING:
@@ -129,13 +125,8 @@ class WorkerProcess:
         self._ranks, self._kill_ranks = ranks, ranks.kill
         self._stopwatch, self._shared = stopwatch, shared
         self._rpc = rpc
-        self._peers: list[Peer] = []
         self._plans: queue.SimpleQueue[tuple[StepPlan, float] | None] = queue.SimpleQueue()
         self._events: events.EventQueue[events.WorkerEvent] = events.EventQueue(self._on_event)
-        self._serves_as = instance.instance_type
-        self._scheduler_epoch = 0
-        self._epoch = 0
-        self._is_used = False  # whether the scheduler has sent anything for this epoch
         self._unfinished = UnfinishedSteps()
         self._exit_code = 0
 
@@ -183,8 +174,20 @@ class WorkerProcess:
                 *(time.monotonic() - started, self.instance.instance_type, self._platform.describe()),
                 *(self._runner.num_blocks, self._runner.layout.block_size),
             )
-            self._model = rank.model_fingerprint
             self._joint_results = JointResults(ranks.size, self._on_joint_reply, self._cancel_transfer)
+            self._session = SchedulerSession(
+                self.config,
+                self.instance,
+                self._rpc,
+                rank,
+                ranks,
+                self._unfinished,
+                None if attachments is None else attachments[0].epoch,
+                self._own_host is not None,
+                self._events.handle,
+                self._on_new_epoch,
+                self._report_tier_problems,
+            )
             io_thread = event_loop.start_thread(self._events.loop, self._serve)
             self._is_serving = True
             pipeline = StepPipeline(self._runner, self._events.post)
@@ -211,7 +214,9 @@ class WorkerProcess:
             plan, came_at = item
             if not plan.is_probe:
                 self._worked_at = time.monotonic()
-            if plan.epoch != self._epoch:  # made for a scheduler that is gone, or before the scheduler lost this worker
+            if (
+                plan.epoch != self._session.epoch
+            ):  # made for a scheduler that is gone, or before the scheduler lost this worker
                 self._events.post(events.StepDropped(plan))
                 continue
             try:
@@ -289,7 +294,7 @@ class WorkerProcess:
             case events.RoundDone(result):
                 self._rpc.send(result)
             case events.StepDone(plan, result):
-                self._serves_as = plan.role or self._serves_as
+                self._session.serves_as = plan.role or self._session.serves_as
                 self._rpc.send(result)
                 self._send_blocks(plan)
                 self._unfinished.end(plan)
@@ -303,13 +308,13 @@ class WorkerProcess:
             case events.StepsEnded():
                 self._events.end()
             case events.TransferReplied(rank, reply):
-                if reply.epoch == self._epoch:
+                if reply.epoch == self._session.epoch:
                     self._joint_results.add(rank, reply)
             case events.BlocksCopied(rank, result):
-                if result.epoch == self._epoch:
+                if result.epoch == self._session.epoch:
                     self._joint_copies.add(rank, result)
             case StoreBlocks() | LoadBlocks():
-                self._is_used = True
+                self._session.is_used = True
                 self._ranks.send(event)
                 self._tiers.handle(event)
             case FindBlocks():
@@ -321,7 +326,7 @@ class WorkerProcess:
             case ReportEvent():
                 self._rpc.send(event)
             case StepPlan():
-                self._is_used = True
+                self._session.is_used = True
                 self._unfinished.begin(event)
                 self._plans.put((event, time.perf_counter()))
             case StepLost(step):
@@ -334,12 +339,11 @@ class WorkerProcess:
                     logger.error("the system does not take this instance: %s", error)
                 self.stop(0 if error is None else EXIT_REFUSED)
             case _:  # a TransferCommand
-                self._is_used = True
+                self._session.is_used = True
                 self._ranks.send(event)
                 self._transfers.manager.handle(event)
 
     async def _serve(self) -> None:
-        self._last_ping = time.monotonic()
         await self._ranks.open()
         await self._events.serve(
             self._watch_steps(),
@@ -347,93 +351,22 @@ class WorkerProcess:
             self._ranks.serve(self._events.handle),
             self._watch_scheduler(),
         )
-        self._rpc.send(Leaving(epoch=self._epoch))
+        self._rpc.send(Leaving(epoch=self._session.epoch))
         await self._tiers.leave()
         await self._transfers.leave()
         self._rpc.close()
 
     async def _receive_commands(self) -> None:
-        """Handle the scheduler's commands in order. A `Ping` may begin an epoch, and later commands wait for that."""
-        while True:
-            try:
-                peer, command = await self._rpc.receive()
-                if isinstance(command, Ping):
-                    await self._on_ping(peer, command)
-                elif self._rpc.is_answering(peer):
-                    self._events.handle(command)
-                else:
-                    logger.error("dropped a %s of a peer that has sent no Ping", type(command).__name__)
-            except HBServeError as error:
-                self._fail(str(error))
-                return  # the epoch has no transfers, so no later command can be obeyed
+        try:
+            await self._session.receive_commands()
+        except HBServeError as error:
+            self._fail(str(error))
 
-    async def _on_ping(self, peer: bytes, ping: Ping) -> None:
-        silence_s = time.monotonic() - self._last_ping
-        # A silent newer scheduler may have ended. Or the clock, which orders schedulers, has been put back.
-        if ping.scheduler_epoch < self._scheduler_epoch and silence_s < self.config.rpc.heartbeat_timeout_s:
-            self._rpc.send_to(peer, Superseded(scheduler_epoch=self._scheduler_epoch))
-            return
-        self._rpc.answer_to(peer)
-        self._last_ping = time.monotonic()
-        if ping.scheduler_epoch == self._scheduler_epoch and ping.known_epoch == self._epoch:
-            self._rpc.send(Pong(epoch=self._epoch))
-            return
-        is_another = ping.scheduler_epoch != self._scheduler_epoch
-        self._scheduler_epoch = ping.scheduler_epoch
-        if is_another or self._is_used:
-            await self._begin_epoch(is_another)
-        self._send_hello()
-
-    async def _begin_epoch(self, for_another: bool) -> None:
-        """Forget everything, as soon as nothing of the old epoch can touch the arena any more.
-
-        Args:
-            for_another: the scheduler of the old epoch has ended, or is not obeyed any more.
-        """
-        self._epoch = time.time_ns()
-        # The main thread drops plans of the old epoch from here on; launched steps finish. They must not wait for
-        # steps of other workers: the old scheduler may have ended before it sent those.
-        for step in self._unfinished.awaited if for_another else ():
-            self._events.handle(StepLost(step=step))
-        await self._unfinished.wait_until_none()
-        await self._tiers.begin_epoch(self._epoch)
-        peer = await self._transfers.begin_epoch(self._epoch)
-        self._peers = [peer, *await self._ranks.begin_epoch(self._epoch, self.config.rpc.step_timeout_s)]
+    def _on_new_epoch(self) -> None:
         self._joint_results.clear()
         self._joint_copies.clear()
-        self._is_used = False
 
-    def _send_hello(self) -> None:
-        runner, layout = self._runner, self._runner.layout
-        self._rpc.send(
-            Hello(
-                instance_id=self.instance.instance_id,
-                role=self.instance.instance_type,
-                serves_as=self._serves_as,
-                epoch=self._epoch,
-                arena_epoch=self._epoch if self._shared is None else self._shared.attachments[0].epoch,
-                pid=os.getpid(),
-                model=self._model,
-                dtype=str(runner.dtype).removeprefix("torch."),
-                kv_dtype=str(layout.dtype).removeprefix("torch."),
-                num_blocks=runner.num_blocks,
-                block_size=layout.block_size,
-                block_bytes=layout.block_bytes * self._ranks.size,
-                num_layers=layout.num_stored_layers,
-                head_bytes=layout.block_bytes // layout.num_kv_heads,
-                max_model_len=runner.max_model_len,
-                vocab_size=runner.spec.vocab_size,
-                device=self._platform.describe(),
-                peers=self._peers,
-                one_sided=self._transfers.manager.one_sided,
-                has_eagle_head=runner.has_eagle_head,
-                tiers=[
-                    msgspec.structs.replace(info, is_own=info.name == "host" and self._own_host is not None)
-                    for info in self._tiers.infos
-                ],
-            )
-        )
-
+    def _report_tier_problems(self) -> None:
         while self._tiers.problems:
             self._report_event("tier_failed", "a KV tier", self._tiers.problems.pop())
 
@@ -441,7 +374,7 @@ class WorkerProcess:
         self._events.handle(events.TransferReplied(0, reply))
 
     def _send_blocks(self, plan: StepPlan, group: int | None = None) -> None:
-        if plan.epoch == self._epoch:
+        if plan.epoch == self._session.epoch:
             self._transfers.send(plan.sends, group)
 
     def _on_joint_reply(self, reply: TransferReply) -> None:
@@ -473,12 +406,12 @@ class WorkerProcess:
         leaving_since: float | None = None
         while True:
             now = time.monotonic()
-            is_forgotten = now - self._last_ping > 2 * rpc.heartbeat_interval_s + 1.0
+            is_forgotten = now - self._session.last_ping > 2 * rpc.heartbeat_interval_s + 1.0
             if self._wants_to_leave:
                 leaving_since = leaving_since or now
                 if is_forgotten or now - leaving_since > rpc.drain_timeout_s:
                     self.stop()  # there is no scheduler to ask, or it has not dismissed this worker in time
-                self._rpc.send(WantsToLeave(epoch=self._epoch))
+                self._rpc.send(WantsToLeave(epoch=self._session.epoch))
             elif self._join_client is not None and is_forgotten:
                 try:
                     await self._join_client.join_again()
