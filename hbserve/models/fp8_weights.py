@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hbserve.errors import ModelError
 from hbserve.layers.fp8 import Quantised, quantise_weight
-from hbserve.models.checkpoint_part import CheckpointPart, Parameter, StackedExpertsPart
+from hbserve.models.checkpoint_part import CheckpointNumber, CheckpointPart, Parameter, StackedExpertsPart
 from hbserve.weight_format import BLOCK_SIZE, Fp8Format, Granularity
 
 
@@ -73,17 +73,10 @@ class _ScalePart(CheckpointPart):
 
 
 @dataclass(frozen=True)
-class _InputScalePart(CheckpointPart):
+class _InputScalePart(CheckpointNumber):
     """The scale of a layer's inputs; every rank has it."""
 
     arena_dtype: ClassVar[str | None] = "float32"
-    is_slice: ClassVar[bool] = False
-
-    def has_shape(self, shape: tuple[int, ...]) -> bool:
-        return math.prod(shape) == 1
-
-    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
-        return cast(Tensor, source[...]).reshape(1)
 
 
 @dataclass(frozen=True)

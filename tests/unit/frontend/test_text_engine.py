@@ -43,14 +43,6 @@ async def scheduler(tmp_path: Path) -> AsyncIterator[ScriptedScheduler]:
 
 
 @pytest.fixture
-async def client(scheduler: ScriptedScheduler) -> AsyncIterator[EngineClient]:
-    client = EngineClient(scheduler.address)
-    await client.connect()
-    yield client
-    await client.close()
-
-
-@pytest.fixture
 async def engine(client: EngineClient, tokenizer: Tokenizer) -> TextEngine:
     ready = await client.wait_ready(DEADLINE_S)
     return TextEngine(client, tokenizer, ready.max_model_len, ready.vocab_size)
