@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, and check the sizes in it. Of a model with images it is the text part's.
+    """Read config.json, and check the sizes in it. If the model has images, return that of its text part.
 
     NVIDIA's Model Optimizer may have written the format of the weights to a file of its own.
 
@@ -244,7 +244,7 @@ def _is_file(path: Path) -> bool:
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, TensorEntry]:
-    """List the tensors of a model folder, by name. Of a model with images they are the text part's.
+    """List the tensors of a model folder, by name. If the model has images, list those of its text part.
 
     Raises:
         ModelError: naming the file that cannot be read.

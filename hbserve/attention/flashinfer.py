@@ -19,11 +19,11 @@ _WORKSPACE_BYTES = 256 << 20
 _INT_WORKSPACE_BYTES = 8 << 20
 _HEAD_DIMS = (64, 128, 256)
 _MAX_SHORT_QUERIES = 128
-"""Prompt tokens of a step, of all its chunks, up to which the kernel that splits the keys of a sequence computes them.
+"""Maximum of prompt tokens in a step for which a kernel is used that splits the keys of a sequence.
 
 FlashAttention-3's programs each have 128 queries of a head and all their keys, so few queries leave most of a GPU idle.
 On an H200, 16 queries of Qwen3-8B behind 32,768 keys take 444 µs a layer, and 54 µs if the keys are split. 128 queries
-take 445 and 213 µs, and 256 as long either way.
+take 445 and 213 µs, and 256 take the same time with both kernels.
 """
 _NUM_SCHEDULE_BUFFERS = 8
 """Host buffers for schedules: the copy of one to the device may still be pending when later steps are planned."""

@@ -29,12 +29,13 @@ from hbserve.models.weights import WeightTable
 from hbserve.platform import Platform
 
 _MAX_CPU_BYTES = 4 << 30
-"""Most bytes of an instance's KV arenas on CPU, where other programs need memory too; one sequence may need more."""
+"""Maximum of bytes of an instance's KV arenas on CPU, where other programs need memory too. One sequence of the largest
+length may need more."""
 
 
 @dataclass(frozen=True)
 class KVSize:
-    """The size of a KV pool. Attributes: max_model_len: most tokens of one sequence."""
+    """The size of a KV pool; ``max_model_len`` is the maximum of tokens of one sequence."""
 
     num_blocks: int
     max_model_len: int

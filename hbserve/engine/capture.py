@@ -121,8 +121,8 @@ def run_through(parts: Parts[T]) -> T:
 def capture_stream() -> Any:
     """Return the stream to capture on: the current stream in a process that has a share of the device, else another.
 
-    A graph's kernels run on the multiprocessors of the stream that they were captured on, whichever stream the graph is
-    launched into.
+    A graph's kernels run on the multiprocessors of the stream on which they were captured, not of the stream the graph
+    is launched into.
     """
     current: Any = torch.cuda.current_stream()
     return current if is_of_share(current) else _own_stream()

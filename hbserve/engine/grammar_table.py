@@ -1,8 +1,8 @@
 """Which slots have a grammar, where their outputs are in it, and which tokens may come next.
 
-A process of its own computes the masks (`hbserve.grammar_process`), because a grammar is a stranger's program: a step
-waits for a mask for a few milliseconds, and then goes on without a token for that row. The scheduler plans such a row
-again a little later.
+A grammar comes from a client and may take any time. So a process of its own computes the masks
+(`hbserve.grammar_process`). A step waits a few milliseconds for a mask, and then goes on without a token for that row.
+The scheduler plans such a row again a little later.
 
     plan's tokens ──► Follower.feed ──► grammar process ──► mask ──► masks() of this step, or of a later one
 """

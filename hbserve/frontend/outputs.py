@@ -183,7 +183,7 @@ class TextStream:
     async def read(self) -> list[SampleDelta]:
         """Wait for new deltas, at most one per sample; returns an empty list when all samples are finished.
 
-        Of many samples it returns a part. The next call then returns more without a turn of the event loop.
+        If there are many samples, it returns a part of them, and the next call returns more without a turn of the loop.
 
         Raises:
             InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError: the error given to `fail`.

@@ -242,8 +242,9 @@ def _renamed(spec: ModelSpec, tensors: dict[str, TensorEntry]) -> dict[str, str]
 def _is_harmless(name: str, spec: ModelSpec) -> bool:
     """Whether a tensor adds nothing.
 
-    Such are old rotary frequencies, a copy of a tied LM head, a layer that drafts tokens, scales of KV if it is not in
-    FP8 or of what never is, and scales of the inputs of experts, which are computed where they are needed.
+    Harmless are: old rotary frequencies; a copy of a tied LM head; a layer that drafts tokens; scales of keys and
+    values if KV is not in FP8; scales of queries; scales of inputs that are computed anyway, of experts and of the LM
+    head.
     """
     if spec.experts is not None and ".experts." in name and name.endswith(_INPUT_SCALES):
         return spec.weight_format is not None and spec.weight_format.has_input_scales

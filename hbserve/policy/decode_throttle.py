@@ -32,7 +32,7 @@ prefill's worker, which costs some milliseconds."""
 _MAX_DEFICIT_STEPS = 8.0
 """Decode steps. A larger deficit is cut to this one, and decode at this deficit is overdue."""
 _MARGIN_S = 1e-3
-"""Added to the time at which decode is overdue, so that it certainly is then, whatever is rounded."""
+"""Added to the time at which decode is overdue, so that rounding cannot make that time too early."""
 
 
 class DecodeThrottle:
@@ -57,9 +57,9 @@ class DecodeThrottle:
     Attributes:
         interval_s: the interval in effect.
         is_open: decode steps may run beside prefill. False while only one phase is busy: decode need not wait then.
-        is_overdue: decode has waited too long: for a prefill step that is very long or does not end, or for one that a
-            sequence with few tokens left has no slack for.
-        overdue_at: when `update` makes it overdue at the latest; infinity while only one phase is busy.
+        is_overdue: decode has waited too long for a prefill step. The step is very long or does not end, or a sequence
+            with few tokens left has too little slack for it.
+        overdue_at: latest time at which `update` makes decode overdue; infinity while only one phase is busy.
     """
 
     def __init__(self, interval_s: float) -> None:

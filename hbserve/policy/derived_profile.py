@@ -1,8 +1,8 @@
 """The profile of a model in FP8, derived from one in bfloat16 by what its steps read and compute.
 
-A step's time is taken to be the host's part, and three parts of the device in proportion to their rooflines
-(Williams et al. 2009: the longer one of bytes over bandwidth and operations over the rate): the matrices between
-embedding and LM head, the LM head, and attention. Quantisation changes the first and the last.
+A step's time is split into the host's part and three parts of the device: the matrices between embedding and LM head,
+the LM head, and attention. The three are in proportion to their rooflines (Williams et al. 2009): the longer one of
+bytes over bandwidth and operations over the rate. Quantisation changes the matrices and attention.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import msgspec
 from hbserve.policy.step_profile import PairPoint, StepPoint, StepProfile
 
 HOST_MS = 0.7
-"""What the host takes for a step, however small the model: measured for Qwen3-0.6B beside an H200."""
+"""Time of the host for a step, even of the smallest model: measured for Qwen3-0.6B beside an H200."""
 _BYTES_PER_S = 3.4e12
 _FLOP_PER_S = 7.9e14
-"""What an H200 reaches in bfloat16 (docs/quantization.md): bytes of weights at one row, matrices of 4096 rows. Only
-their ratio counts here."""
+"""Rates of an H200 in bfloat16 (docs/quantization.md): bytes of weights at one row, operations at 4096 rows. Only their
+ratio counts here."""
 _SHORT_BYTES = 2
 _FP8_MATRICES = 0.60
 """Time of FP8 matrices over that in bfloat16: between 0.53 (4096 rows) and 0.8 (128 rows) were measured on an H200."""

@@ -1,7 +1,8 @@
 """Points of a profile that are learnt while a system serves: from its own steps, and from probes while it is idle.
 
-Steps of about one size share a *bin*. A bin counts when it has seen several steps, with the median of their times: the
-first steps of a size may compile kernels, and a process may be stopped meanwhile. Bins and what they keep are bounded.
+Steps of about one size share a *bin*. A bin counts with the median of its steps' times, and only when it has several:
+the first steps of a size may compile kernels, and a process may be stopped during a step. The number of bins is
+bounded, and so is the number of times in each.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ Runs in the scheduler's process, and on the simulator's clock. Every sequence th
 step. A budget in tokens does not bound that time: the last tokens of a long prompt take several times as long as the
 first tokens of a short one. A budget in time does.
 
-An account says how far decode is ahead of its target. That lead is spent on larger steps, and on steps without decode
-rows while more prompts wait than one step holds: prompts are in danger of missing their target then. At other times
-steps without decode rows make prompts hardly faster, and the lead would be missing when many prompts come.
+An account says how far decode is ahead of its target. That lead is spent on larger steps. While more prompts wait than
+one step holds, prompts are in danger of missing their target, and the lead is also spent on steps without decode rows.
+At other times such steps make prompts hardly faster, and the lead would be missing when many prompts come.
 
-The lead is the batch's. Slack is tracked per sequence: a new sequence has none yet, and a short one has few tokens left
-to recover a delay. A step therefore uses at most the smallest slack of all sequences.
+The lead is that of the batch. Slack is tracked per sequence: a new sequence has none yet, and a short one has few
+tokens left to recover a delay. A step therefore uses at most the smallest slack of all sequences.
 """
 
 from __future__ import annotations

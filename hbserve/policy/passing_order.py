@@ -1,11 +1,15 @@
-"""The order of prompts where targets are a guess: short ones pass long ones where the long ones do not lose by it.
+"""The order of prompts if targets are a guess: short prompts pass long ones as far as the long ones lose nothing by it.
 
-Runs in the scheduler's process, and on the simulator's clock. First come, first served has the shortest longest wait of
-all orders, but short prompts wait behind long ones. So each prompt has a deadline: `_FIRST_COME_SHARE` of its time
-to the end in that order or, if that is longer, `_TAIL_SHARE` of the time that a tenth of the recent prompts would have
-exceeded in it. Of the orders that keep all deadlines, the one with the shortest mean wait is computed (W. E. Smith,
-Naval Research Logistics Quarterly 3, 1956): of the prompts that may come last, the longest does, and so on backwards.
-If no prompt may, the one with the latest deadline comes last.
+Runs in the scheduler's process, and on the simulator's clock. First come, first served keeps the longest wait as short
+as possible, but short prompts wait behind long ones. So each prompt gets a deadline from that order, the later of two
+times:
+
+- `_FIRST_COME_SHARE` of the time from its arrival to its end in that order;
+- `_TAIL_SHARE` of the 90th percentile of that time over recent prompts.
+
+The order that keeps all deadlines with the shortest mean wait is computed from its end (W. E. Smith, Naval Research
+Logistics Quarterly 3, 1956). Several prompts may come last and keep their deadlines: the longest of them does. If no
+prompt may, the one with the latest deadline comes last. The same choice is then made for the place before it.
 """
 
 from __future__ import annotations
@@ -20,13 +24,13 @@ _TAIL = 0.9
 _TAIL_SHARE = 0.75
 """Below 1, because the recent prompts may be of a busy time: one that comes later must not wait as long."""
 _FIRST_COME_SHARE = 0.8
-"""Below 1, because prompts that passed decode sooner, and make the steps of the others longer."""
+"""Below 1, because prompts that have passed others decode sooner, and make the steps of the others longer."""
 
 _Item = TypeVar("_Item")
 
 
 class PassingOrder(Generic[_Item]):
-    """Order of prompts: the shortest mean wait at which none is later than its deadline, if there is such an order."""
+    """The order with the shortest mean wait in which no prompt misses its deadline, if there is one."""
 
     def __init__(self) -> None:
         self._deadlines: dict[_Item, float] = {}

@@ -71,9 +71,9 @@ class ProfileCurves:
         return self._mixed.predict(self._mixed_features(rows, keys, tokens, pairs, percentage)) / 1000
 
     def added_prompt_s(self, tokens: float, pairs: float) -> float:
-        """Bound from below what prompt tokens add to the steps of a whole device, in whichever steps they are.
+        """Compute a lower bound of the time that prompt tokens add to any steps of a whole device.
 
-        A step's fixed part counts as nothing: it may be shared by any number of prompts and sequences.
+        The fixed part of a step does not count, because any number of prompts and sequences may share it.
         """
         cheapest = min(1.0, self._mixed.coefficients[1])
         return cheapest * self._prefill.ms((0.0, tokens, pairs), 100) / 1000

@@ -155,21 +155,21 @@ class SloAware(QueuePolicy):
     """Earliest TTFT deadline first, without the prompts that would make others late: as many as possible in time.
 
     This is the rule of Moore and Hodgson (Moore, Management Science 15, 1968), which keeps the most deadlines on one
-    machine. It goes through the prompts by deadline, admitted ones included. Whenever a deadline could not be kept, it
-    defers the prompt with the most left to compute so far. Deferred prompts are computed when the others leave time.
-    Least laxity alone would serve, under overload, the prompts that are about to be late, until all of them are.
+    machine. It goes through the prompts by deadline, admitted ones included. At each deadline that cannot be kept, it
+    defers one of the prompts up to there: the one with the most left to compute. Deferred prompts are computed when the
+    others leave time. Least laxity would, under overload, serve the prompts that are about to be late, until all are.
 
-    Without targets nothing is deferred, and the order is that of arrival. Where targets are a guess, nothing is
-    deferred either: a deferred request would pay for the guess. The order is then a `PassingOrder`. While some of the
-    last requests have targets of their own, guessed ones are deadlines like these.
+    Without targets nothing is deferred, and the order is that of arrival. If targets are a guess, nothing is deferred
+    either, because a deferred request would pay for the guess; the order is then a `PassingOrder`. While some of the
+    last requests have targets of their own, guessed targets are deadlines like these.
 
-    No prompt starves. One that has waited for `OVERDUE_TARGETS` times its target, and for a second, is *overdue*. Of
-    the time in which prompts are computed, overdue ones get `OVERDUE_SHARE`, the earliest deadline first. An account
-    says how much of that they are owed; while it is positive, that prompt goes before all others.
+    No prompt starves. A prompt that has waited for `OVERDUE_TARGETS` times its target, and for a second, is *overdue*.
+    Overdue prompts get `OVERDUE_SHARE` of the time in which prompts are computed. An account holds how much of that
+    they are owed. While it is positive, the overdue prompt with the earliest deadline goes before all others.
 
-    Prompts that begin alike are computed once there (`hbserve.kv_cache.block_pool`). So a prompt takes only the time of
-    its own part if an earlier one has the rest and is not deferred. To defer that one saves only the time of what it
-    does not share.
+    A beginning that prompts have in common is computed once (`hbserve.kv_cache.block_pool`). So a prompt takes only the
+    time of its own part, if an earlier prompt with that beginning is not deferred. To defer the earlier prompt saves
+    only the time of its own part.
 
     Args:
         predictor: of steps with prompts, at all workers that take prompts from this queue.

@@ -75,15 +75,15 @@ class StepTimePredictor:
     controller's model have one that never sees a step: it says what the profile says.
 
     A step's time is linear in its work. Steps with prompts and steps without have coefficients of their own, learnt by
-    least squares that forget. A *level*, a factor on all of them, follows quickly what the work does not explain: the
-    other phase on the same device. It is one for steps that share the device and another one for steps that do not.
+    least squares that forget. A *level*, a factor on all coefficients, quickly follows causes outside the work, such as
+    the other phase on the same device. Steps that share the device have one level, the other steps another.
 
-    A step that takes much longer or shorter than its like counts only as far as steps usually differ: a process may
-    have been stopped meanwhile. A second such step in a row is a change, and counts in full.
+    A step that takes much longer or shorter than predicted counts only as far as steps usually differ: a process may
+    have been stopped. A second such step in a row is a change, and counts in full.
 
-    With a profile, the sizes that were measured count as steps that have just been seen. Without one, all times are 0
-    at first, and no step is predicted to take longer than the longest recent one: an error on the short side makes a
-    plan early, an error on the long side makes it late.
+    With a profile, the sizes that were measured count as steps that have just been seen. Without a profile, all times
+    are 0 at first, and no prediction exceeds the longest recent step. So predictions are rather too short: the next
+    plan is then made early, and not late.
 
     Args:
         curves: of a profile; None: there is none for this model and device.

@@ -171,8 +171,8 @@ def watch_signals(on_signal: Callable[[], object], on_hangup: Callable[[], objec
         on_hangup: called in the same way at SIGHUP; None: SIGHUP stays as it is.
 
     A Python handler would run only when the main thread is back in Python. The main thread may be waiting in C, for a
-    lock or for a model to be loaded, and the kernel may have given the signal to another thread. The
-    interpreter's own C handler writes to a pipe at once, in whichever thread.
+    lock or for a model to be loaded. The interpreter's own C handler does not wait for it: in the thread that gets the
+    signal, it writes to a pipe at once.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -200,7 +200,7 @@ def raise_descriptor_limit() -> None:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Bound what this process allocates besides what it has now.
+    """Limit the memory that this process allocates from now on.
 
     Python then raises a MemoryError; a library may end the process.
     """

@@ -1,8 +1,8 @@
 """Changes of instances while the system serves: to another role, or to leave.
 
-An instance that is prepared for its new role takes it as soon as the links for it are open. It keeps serving meanwhile,
-and what is under way goes on where its memory is. Any other instance is drained first, because it captures CUDA graphs
-for the new role: its streams would wait for that.
+An instance that is prepared for its new role takes the role as soon as the links for it are open. Until then it keeps
+serving, and requests under way go on where their memory is. Any other instance is drained first, because it captures
+CUDA graphs for the new role, and its streams would wait for that.
 """
 
 from __future__ import annotations

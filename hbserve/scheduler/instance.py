@@ -133,8 +133,8 @@ class InstanceHandle:
     def change_role(self, role: InstanceRole) -> None:
         """Take another role, for requests that come from now on.
 
-        What is under way goes on where its memory is. An instance that has become one for prefill decodes its sequences
-        to their ends, in the same steps; one that has become one for decode computes its prompts, and sends those that
+        Requests under way go on where their memory is. An instance that now prefills decodes its sequences to their
+        ends, in the same steps as new prompts. An instance that now decodes computes its prompts, and sends those that
         decode elsewhere.
         """
         self.role = role
@@ -298,9 +298,9 @@ class InstanceHandle:
 class Instances(Mapping[str, InstanceHandle]):
     """The instances by id, in the order of the configuration; those that have joined come after.
 
-    A step of the scheduler visits only what something has woken, so it does not cost more the more instances there
-    are: each instance adds itself to a list when something wakes it (`InstanceHandle.wake`), and every question here
-    reads that list first.
+    A step of the scheduler visits only instances that something has woken, so its cost does not grow with their number.
+    Each instance adds itself to a list when something wakes it (`InstanceHandle.wake`), and every question here reads
+    that list first.
     """
 
     def __init__(self, instances: Iterable[InstanceHandle] = ()) -> None:

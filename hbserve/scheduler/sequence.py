@@ -50,10 +50,10 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 
 
 def max_total_tokens(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> int:
-    """Return the tokens that a request ends with, at most.
+    """Return the maximum of tokens of a request, prompt and output together.
 
-    A request of no tokens scores its prompt. It ends with the one token that a step samples, and that token may lie
-    beyond the context, because nothing is computed after it.
+    A request with ``max_tokens`` 0 scores its prompt. A step samples one token for it, which may lie beyond the
+    context, because nothing is computed after it.
     """
     if max_tokens == 0:
         return num_prompt_tokens + 1

@@ -2,9 +2,9 @@
 
 Most instances have one worker, which does every phase of the instance. A semi-PD instance has several on one KV
 pool: each does one phase (or both, mixed in one step) with a share of the device. A phase goes to the worker whose
-share fits what the other phase is doing. All steps of a phase stand in one order, whichever workers compute them:
-the first step at a new worker waits on the device's side for the last one at the old worker
-(`hbserve.engine.step_board`).
+share fits what the other phase is doing. All steps of a phase have one order, also across workers: the first step at a
+new worker waits until the last step at the old worker has ended. The workers see to that themselves
+(`hbserve.engine.step_board`), so the scheduler can plan both steps at once.
 """
 
 from __future__ import annotations

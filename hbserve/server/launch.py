@@ -70,9 +70,9 @@ def _load_tokenizer(folder: str, model_folder: str) -> Tokenizer:
 
 
 class _Reload:
-    """What the server reads anew at SIGHUP: API keys, certificates, and the log level of all processes on this host.
+    """The settings that SIGHUP reads again: API keys, certificates, and the log level of all processes on this host.
 
-    Everything is read before anything changes. If a part cannot be used, the log says why, and all stays as it was.
+    All of them are read before one changes. If one cannot be used, the log says why, and all stay as they were.
 
     Attributes:
         keys: the present keys.

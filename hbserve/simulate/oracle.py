@@ -1,8 +1,8 @@
 """An upper bound of what any schedule on a device can do, to compare systems with.
 
 The bound is the optimum of a problem that is easier than serving: a clairvoyant schedule of prompts alone, on one
-machine, with preemption. A request's job is released when it arrives, its deadline is the TTFT target after that, and
-it takes the time that its prompt tokens add to the cheapest step of the profile. Decoding is free, every step is of the
+machine, with preemption. Each request is a job. It is released when the request arrives, and due one TTFT target later.
+It takes the time that its prompt tokens add to the cheapest step of the profile. Decoding is free, every step is of the
 best size, and KV is never evicted: a prompt block costs its first request only. So no system can keep the targets of
 more requests than the largest set of jobs that can end in time.
 
@@ -11,7 +11,7 @@ deadlines come in the order of the releases. The earliest deadline first then ne
 Kise, Ibaraki and Mine (Operations Research 26, 1978). A chosen set is in time if its jobs are, one after the other in
 that order. For each number of chosen jobs it is enough to know the earliest end, so the optimum is exact, in O(n²).
 
-Several GPUs count as one that is as many times as fast. Such a GPU can do what they do, in turns, and never later.
+N GPUs count as one GPU that is N times as fast. That GPU can do the work of all, in turns, and never later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Plans: the fewest GPUs of each system that keep the targets at a rate.
 
-Replicas are alike, so one of them is simulated, under its share of the rate. Where prefill and decode have GPUs of
-their own, in any ratio, the phases are looked at one after the other, each beside more than enough of the other one.
-A small system of the ratio that was found is then simulated as a whole.
+Replicas are alike, so one of them is simulated, under its share of the rate. If prefill and decode have GPUs of their
+own, in any ratio, each phase is simulated by itself: the other phase then has more GPUs than it needs. A small system
+of the ratio that was found is then simulated as a whole.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """Prediction of TTFT and TPOT under a split, and the confidence in it.
 
-The forms are those of Semi-PD (arXiv 2504.19867, section 5), with terms for what sets a shared GPU apart from two:
+The forms are those of Semi-PD (arXiv 2504.19867, section 5). Further terms describe what two phases on one GPU do to
+each other:
 
 - Side by side, prompts are served by a queue whose rate grows with prefill's share x. Its mean wait is that of M/G/1
   (Pollaczek-Khinchine), ``λ·E[S²] / (2·(1 - λ·E[S]))``. With ``E[S] = s/x`` this has the form ``a₁/(x - λ·s)``:
   ``TTFT(x) = a₁/(x - λ·s) + b₁``, plus the wait for the present backlog.
-- A worker that mixes both phases is one queue. Its steps hold the batch, and the prompts that arrived during the step
-  before; the mean step is the fixed point of both. A prompt waits for the rest of the step under way, and in a queue
-  when prompts fill steps.
+- A worker that mixes both phases is one queue. Each step holds the batch, and the prompts that arrived during the step
+  before. So the length of the mean step decides how many prompts are in it, and the other way round: it is a fixed
+  point. A prompt waits for the rest of the step under way, and in a queue when prompts fill steps.
 - A decode step takes ``a₂/y + b₂`` alone (`StepTimePredictor`), and longer by a factor for the share of time in which
-  prefill runs beside it. The batch follows from how long sequences stay in it (Little's law), so both are solved
-  together.
+  prefill runs beside it. The size of the batch follows from how long sequences stay in it (Little's law), so step time
+  and batch are solved together.
 
 The weights of the terms are learnt while serving: ``TTFT = c₁·wait + c₂·service`` and ``TPOT = d₁·alone + d₂·beside``,
 all 1 at first.

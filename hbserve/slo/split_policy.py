@@ -77,14 +77,14 @@ class SplitPolicy:
     """Policy that maximises predicted goodput subject to both targets.
 
     Candidates are the neighbours of the current split and all splits on the grid of ``adjustment_step``, overcommitted
-    ones included. Mixing both phases in one worker is a candidate if a worker for that is warm. Of the candidates that
-    are predicted to hold both targets, the best has the most goodput. If none is, the best has the most attainment
-    minus harm, where harm is how far both latencies are beyond their targets.
+    ones included. Mixing both phases in one worker is a candidate if a worker for that is warm. The best candidate
+    has the most goodput among those that are predicted to hold both targets. If there are none, the best has the most
+    attainment minus harm, where harm is how far both latencies are beyond their targets.
 
-    A move needs a reason: a target is violated or predicted to be, or the gain exceeds the hysteresis. There is no move
-    during the cool-down, none back to a split that was left under the same load unless the present one is worse, and
-    none beyond neighbours while confidence is low. Then an observed violation is a reason to move although the model
-    predicts none (`_relief`): its times are wrong.
+    A move needs a reason: a target is violated, or predicted to be, or the gain exceeds the hysteresis. Three moves are
+    forbidden: any move during the cool-down; a move back to a split that was left under the same load, unless the
+    present split is worse; and, while confidence is low, a move beyond neighbours. While confidence is low, an observed
+    violation is a reason to move even if the model predicts none (`_relief`).
     """
 
     def __init__(self, model: LatencyModel, constraints: SLOConstraints, bounds: SplitBounds | None = None) -> None:
@@ -194,8 +194,8 @@ class SplitPolicy:
     ) -> SMAllocation | None:
         """Find the neighbour that relieves a violated target most, while the model is known to be wrong.
 
-        Its latencies are those observed, scaled as the model scales them from the current split: where the model's
-        times are those of another device, only their ratios are of use.
+        The model may have been made for another device, so only ratios of its times are used: the observed latencies
+        are scaled by the model's ratio between the neighbour and the current split.
         """
         is_trusted = self.model.confidence >= self.bounds.min_confidence_threshold
         if is_trusted or current.mixed or not self._violations(window):

@@ -42,8 +42,8 @@ _turns = threading.BoundedSemaphore(MAX_AT_ONCE)
 class MessageForms:
     """The forms in which a template shows the content of a message, by role, and calls of tools.
 
-    Templates are programs, and the one way to know is to try: each role's content is rendered as text and as parts, and
-    a call with arguments as an object and as text.
+    Templates are programs, so the forms are found by trials. Each role's content is rendered as text and as parts, and
+    a call is rendered with its arguments as an object and as text.
 
     Args:
         render: function from messages to the prompt.

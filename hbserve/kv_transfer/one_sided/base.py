@@ -34,8 +34,8 @@ class OneSidedKVTransfer(ABC):
     """Backend that writes KV blocks into another instance's arena. One object per rank and epoch of an instance.
 
     The receiver opens a *receive window* for each link and link epoch, which gives the senders of the link the right to
-    write. What makes this safe is the end of a window: `close_receive_window` returns when no write of those senders
-    can arrive any more, whatever state they are in.
+    write. The end of a window makes this safe: `close_receive_window` returns when no write of those senders can arrive
+    any more, also if they hang or have died.
 
     Args:
         context: as for `KVTransferBase`.

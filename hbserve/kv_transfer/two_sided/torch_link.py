@@ -174,10 +174,10 @@ class _Link:
             raise KVTransferError(f"KV link {self.name} was closed")
 
     def _prepare(self) -> None:
-        """Do now what only the first transfer does, because its request would wait, and the steps of both GPUs stop.
+        """Do the work of a first transfer ahead of it: else its request waits, and the steps of both GPUs stop.
 
-        Buffers are allocated, on each stream the copies load their kernels and allocate what they need, and NCCL
-        connects two GPUs, which it does at the first message: here one byte. All that takes 0.1 s.
+        Buffers are allocated. On each stream, the copies load their kernels and allocate memory. NCCL connects two GPUs
+        at the first message, so one byte is sent. All that takes 0.1 s.
         """
         began = time.monotonic()
         piece_bytes = self._piece_bytes()

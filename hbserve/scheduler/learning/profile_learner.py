@@ -3,9 +3,9 @@
     no request for _IDLE_S ──► probe: two equal steps, the second counts ──► _PAUSE_S ──► next probe ──► … ──► profile
 
 A probe writes to blocks of its own, at most a sixteenth of the pool, and reads only these. Its steps are planned one
-at a time, and a request that comes ends it: the request waits for one step, of `_MAX_PROBE_S` at most as far as step
-times can be predicted. (The first probe of each kind is one sequence or 64 prompt tokens.) A size that took
-longer twice is not tried again, and neither are larger ones.
+at a time, and a request that comes ends it. So the request waits for one step, which is predicted to take at most
+`_MAX_PROBE_S`. The first probe of each kind has no prediction yet; it is one sequence, or 64 prompt tokens. A size that
+took longer twice is not tried again, and neither are larger ones.
 """
 
 from __future__ import annotations

@@ -82,9 +82,9 @@ class Admission:
         """Allocate slots and blocks for prefill and decode, in the order of the placement; False if nothing fits now.
 
         An instance that has enough prompts to fill its next step is given no more, unless the new prompt would be
-        computed before one of those. Where the placement favours prefixes, one of several instances is also given a
-        prompt most of which it has or computes, because another one would compute that anew. A request that waits
-        without an allocation holds no blocks and can be overtaken.
+        computed before one of those. If the placement favours prefixes and there are several instances, there is one
+        more exception: the instance has or computes most of the prompt, which another one would compute again. A
+        request that waits without an allocation holds no blocks and can be overtaken.
         """
         instances = [
             instance for instance in self._instances.ready if instance.num_free_slots and not instance.is_draining

@@ -13,7 +13,7 @@ Placement = Callable[[Sequence, Items[InstanceHandle], bool], list[InstanceHandl
 """Orders instances, given in the order of the configuration, for a request; the flag: to prefill it there."""
 
 _ANEW = 1.25
-"""What a token that an instance lacks counts, over one that it computes anyway."""
+"""Weight of a token that an instance must compute for the new prompt alone."""
 
 
 def fcfs(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
@@ -24,8 +24,8 @@ def fcfs(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -
 def least_loaded(sequence: Sequence, instances: Items[InstanceHandle], prefills: bool) -> list[InstanceHandle]:
     """Prefill where the fewest prompt tokens are still to be computed, decode where the fewest sequences are.
 
-    Between instances without prompts, those with fewer sequences go first: where one worker does both phases, these
-    decode, and all requests of a light load would else go to the first instance.
+    The number of sequences also decides between instances without prompts. Otherwise, if one worker does both phases,
+    all requests of a light load would go to the first instance.
     """
     return sorted(instances, key=lambda instance: (_load(instance, prefills), instance.num_sequences))
 

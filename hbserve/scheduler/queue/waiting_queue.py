@@ -84,12 +84,11 @@ class WaitingQueue:
     ) -> float:
         """Predict how long a new request would wait for its first token.
 
-        The longer of two waits: the predicted time until the steps under way have ended, and the prompts before it and
-        its own are computed; and, where requests wait for allocations, the time until as many requests have ended as
-        are before it.
+        It waits until the steps under way have ended, and the prompts before it and its own are computed. If requests
+        wait for allocations, it also waits until as many requests have ended as are before it. The longer wait counts.
 
-        Returns 0 without data or for an empty queue: a single request is never overload, and step times may be known
-        for other lengths only.
+        Returns 0 for an empty queue, because a single request is never overload. Returns 0 without data, too: step
+        times may be known for other lengths only.
         """
         rank = self.policy.rank(sequence)
         before = self.waiting[: bisect.bisect_left(self.waiting, rank, key=lambda other: other.rank)]

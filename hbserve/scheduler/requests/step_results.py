@@ -30,7 +30,7 @@ class StepResults(RequestPhases):
     """Takes the results of steps. Base of `RequestLifecycle`."""
 
     def on_step_done(self, worker: WorkerHandle, result: StepResult) -> None:
-        """A worker has computed its oldest step in flight: KV has grown, and tokens are here."""
+        """Take the result of a worker's oldest step in flight: more KV is computed, and there may be tokens."""
         now = self._clock.now
         step = worker.end_step(result, now)
         token_ids, logprobs, scores = result.token_ids, result.logprobs, iter(result.prompt_logprobs or ())
