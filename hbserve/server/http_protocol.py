@@ -1,20 +1,26 @@
-"""HTTP connections with deadlines: a client that lets the server wait too long is cut off."""
+"""HTTP connections with limits: a client that lets the server wait, or sends a head without end, is cut off."""
 
 from __future__ import annotations
 
 import asyncio
+import http
 import logging
 import resource
 import time
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hbserve.messages.supervisor import EventKind
 from hbserve.process.events import OnEvent, log_event
+from hbserve.server.errors import ApiError
 
 HEAD_TIMEOUT_S = 30.0
 """Time for a request's first line and headers to arrive; also from the connection to its first request."""
+
+MAX_HEAD_BYTES = 65536
+"""Maximum of a request's first line and headers together, and of whatever else is no body: trailers, extensions."""
 
 WRITE_TIMEOUT_S = 60.0
 """Time for a client to read a full buffer of its connection (64 KiB, beside the operating system's buffer)."""
@@ -39,6 +45,8 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timers: dict[str, asyncio.TimerHandle] = {}  # "head" and "write", while they run
+        self._head_bytes = 0  # that came since the last head, part of a body, or end of a body
+        self._is_resuming = False  # the parser reads a head of ours
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -50,13 +58,55 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_timer("write")
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        self._head_bytes += len(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserCallbackError as error:
+            self._refuse(400, f"this is no valid HTTP request: {error.__context__ or error}")
+        except httptools.HttpParserError as error:
+            self._refuse(400, f"this is no valid HTTP request: {error}")
+        else:
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse_head()
+            elif (self.cycle is None or self.cycle.response_complete) and "head" not in self._timers:
+                # Bytes of no open request: an empty line, or the rest of a body that was refused.
+                self._start_timer("head", HEAD_TIMEOUT_S, "sent no request")
+
     def on_message_begin(self) -> None:
-        self._start_timer("head", HEAD_TIMEOUT_S, "sent no request")
-        super().on_message_begin()
+        if not self._is_resuming:
+            self._start_timer("head", HEAD_TIMEOUT_S, "sent no request")
+            super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._is_resuming:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_resuming and "head" in self._timers:  # later ones are trailers, which no route reads
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        self._head_bytes = 0
+        if self._is_resuming or self.transport.is_closing():
+            return
         self._stop_timer("head")
-        super().on_headers_complete()
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            self._refuse_head()
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        # Where a client offers another protocol, the parser ends the message before its body: see `_parse`.
+        if not (self.transport.is_closing() or self.parser.should_upgrade()):
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -77,6 +127,42 @@ class HttpProtocol(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()  # idle: only bytes that the client has not read are lost
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. An offer of another protocol, such as `Upgrade: h2c` of Java's client, has no effect.
+
+        After such a head the parser expects the other protocol. It gets the lines that say how long the body is again,
+        as a head of their own, and goes on with the body as that of the request.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                framing = [
+                    name + b": " + value + b"\r\n"
+                    for name, value in self.headers
+                    if name in (b"content-length", b"transfer-encoding")
+                ]
+                self._is_resuming = True
+                self.parser.feed_data(b"".join([b"POST / HTTP/1.1\r\n", *framing, b"\r\n"]))
+                self._is_resuming = False
+
+    def _refuse_head(self) -> None:
+        self._refuse(431, f"the request's first line and headers have more than {MAX_HEAD_BYTES} bytes; send fewer")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what is no request, unless an answer has begun, and close the connection."""
+        if self.transport.is_closing():
+            return
+        logger.info("refused a client: %s", message)
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            answer = ApiError(status, message, "invalid_request_error").response()
+            head = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n".encode()]
+            head += [name + b": " + value + b"\r\n" for name, value in answer.raw_headers]
+            self.transport.write(b"".join([*head, b"connection: close\r\n\r\n", bytes(answer.body)]))
+        self.transport.close()
 
     def _start_timer(self, name: str, timeout_s: float, reason: str) -> None:
         self._stop_timer(name)

@@ -147,8 +147,8 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def whole(value: float) -> int | float:
-    """Return a number without a fraction as an integer, any other as it is."""
-    return int(value) if value.is_integer() else value
+    """Return a number without a fraction as an integer of at most 64 bits, any other as it is."""
+    return int(value) if -(2.0**63) <= value < 2.0**64 and value.is_integer() else value
 
 
 def _is_empty(value: Any) -> bool:

@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 
 from hbserve import bounded_json
 from hbserve.frontend.text_engine import TextEngine
@@ -46,9 +47,12 @@ async def beside_loop(engine: TextEngine, body: Body, work: Callable[[], T]) -> 
 
 async def _read(engine: TextEngine, request: Request, kind: type[Body]) -> None:
     """Put the body where FastAPI looks for it."""
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise HTTPException(415, f"the Content-Encoding {encoding!r} is not supported; send the body as it is")
     received = request.scope.get("body")  # of the guard
     content = await request.body() if received is None else await received.take()
-    if not content or "json" not in request.headers.get("content-type", ""):
+    if not content or "json" not in request.headers.get("content-type", "").lower():
         request._body = bytes(content)
         return
     request._body = b"{}"  # FastAPI asks whether there is one
