@@ -163,6 +163,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """Read a whole number of at most 32 bits, or zero."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^32 - 1")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """Read a positive finite number."""
     value = float(text)

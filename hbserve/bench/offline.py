@@ -26,6 +26,7 @@ from hbserve.bench.arguments import (
     find_model,
     lengths,
     make_config,
+    natural,
     positive,
 )
 from hbserve.bench.device_limits import DeviceLimits
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch.add_argument("--num-seqs", type=positive, metavar="N", help="requests, all there at once")
     batch.add_argument("--input-len", type=lengths, metavar="LOW:HIGH", help="prompt tokens, uniform")
     batch.add_argument("--output-len", type=lengths, metavar="LOW:HIGH", help="generated tokens, uniform")
-    batch.add_argument("--seed", type=int, default=0, help="of the draws and of the sampling (default: 0)")
+    batch.add_argument("--seed", type=natural, default=0, help="of the draws and of the sampling (default: 0)")
     batch.add_argument("--temperature", type=float, default=0.6, help="of the sampling (default: 0.6)")
     batch.add_argument("--repeats", type=positive, default=3, metavar="N", help="measured runs (default: 3)")
     batch.add_argument(

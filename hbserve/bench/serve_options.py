@@ -16,6 +16,7 @@ from hbserve.bench.arguments import (
     find_model,
     given_arguments,
     make_config,
+    natural,
     positive,
     positive_float,
     share,
@@ -214,7 +215,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_load_arguments(load)
     load.add_argument("--max-output-len", type=positive, metavar="TOKENS", help="cut longer outputs to this")
-    load.add_argument("--seed", type=int, default=0, help="of arrivals, lengths, tokens and sampling (default: 0)")
+    load.add_argument("--seed", type=natural, default=0, help="of arrivals, lengths, tokens and sampling (default: 0)")
     load.add_argument("--temperature", type=float, default=0.0, help="of the sampling (default: 0)")
     load.add_argument("--timeout", type=positive_float, default=600.0, metavar="S", help="of a request (default: 600)")
 

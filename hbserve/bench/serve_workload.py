@@ -21,6 +21,7 @@ DEFAULT_INPUT_LEN = LengthRange(512, 1536)
 DEFAULT_OUTPUT_LEN = LengthRange(64, 256)
 _FIRST_TOKEN = 10  # the lowest ids are often special tokens
 _MAX_REQUESTS = 10_000_000
+_MAX_DAYS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,11 @@ class WorkloadSource:
         else:
             assert rate is not None
             times = draw_arrivals(len(entries), rate, self.burstiness, seed)
+        if (days := (times[-1] - times[0]) / 86400) > _MAX_DAYS:
+            raise ConfigError(
+                f"the requests come over {days:.3g} days, and at most {_MAX_DAYS} are allowed; take a higher --rate, "
+                "or fewer requests"
+            )
         requests = [
             ServeRequest(
                 time,

@@ -67,7 +67,7 @@ def load_trace(path: Path, encode: Callable[[str], list[int]] | None = None) -> 
             entries = readers[path.suffix](path)
         else:
             raise ConfigError(f"{path}: a trace's name ends in .csv (Azure), .jsonl (Mooncake) or .json (ShareGPT)")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not entries:
         raise ConfigError(f"{path}: it has no usable request")
@@ -99,7 +99,9 @@ def _read_azure(path: Path) -> list[TraceEntry]:
     return entries
 
 
-_Natural = Annotated[int, msgspec.Meta(ge=0)]
+_BOM = b"\xef\xbb\xbf"  # some editors write it; it is no part of JSON
+
+_Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class _MooncakeLine(msgspec.Struct):
@@ -112,7 +114,7 @@ class _MooncakeLine(msgspec.Struct):
 def _read_mooncake(path: Path) -> list[TraceEntry]:
     decoder = msgspec.json.Decoder(_MooncakeLine)
     entries: list[TraceEntry] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().removeprefix(_BOM).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -154,7 +156,7 @@ _ASKING = ("human", "user")
 
 def _read_sharegpt(path: Path, encode: Callable[[str], list[int]]) -> list[TraceEntry]:
     try:
-        conversations = msgspec.json.decode(path.read_bytes(), type=list[_Conversation])
+        conversations = msgspec.json.decode(path.read_bytes().removeprefix(_BOM), type=list[_Conversation])
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path}: not ShareGPT's format: {error}") from None
     entries = []

@@ -17,6 +17,7 @@ from pathlib import Path
 from hbserve.bench.arguments import (
     add_load_arguments,
     check_new_file,
+    natural,
     positive,
     positive_float,
     run_command,
@@ -76,7 +77,7 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-priority", action="store_true", help="prefill at the same priority as decode")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure .csv or Mooncake .jsonl")
     add_load_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--chunk-size", type=positive, metavar="N", help="max tokens of a prompt in a step")
     parser.add_argument("--max-chunk-prefill-tokens", type=positive, metavar="N", help="of all prompts in a step")
     parser.add_argument(
@@ -149,6 +150,8 @@ def _outcomes(
     for system, setting in itertools.product(systems, settings):
         if not arguments.sweep:
             requests = requests_of(source.workload(arguments.rate, arguments.seed))
+            if requests[0].arrival == requests[-1].arrival:
+                raise ConfigError("all requests come at once, so there is no rate to judge; take more, or a --rate")
             yield simulate(system, setting, requests, records_misses=arguments.misses)
         elif (best := find_highest_rate(system, setting, source, arguments.seed)) is not None:
             yield best

@@ -94,6 +94,7 @@ def test_mooncake_traces_share_prefix_blocks(tmp_path: Path) -> None:
     lines = MOONCAKE.replace("500", "0", 1).splitlines()
     unsorted = load_trace(trace_file(tmp_path, "u.jsonl", "\n".join(reversed(lines))))
     assert [entry.arrival_s for entry in unsorted] == [0, 0.75, 1.5]
+    assert load_trace(trace_file(tmp_path, "w.jsonl", "\ufeff" + MOONCAKE.replace("\n", "\r\n"))) == trace
     workload = make.workload(None, 3)
     first, second, third = (workload.prompt(request) for request in workload.requests)
     assert [len(prompt) for prompt in (first, second, third)] == [1100, 1030, 512]
@@ -135,6 +136,8 @@ def test_sharegpt_files_are_their_own_prompts(tmp_path: Path) -> None:
             ":4: 1 bl",
         ),
         ("m.jsonl", MOONCAKE.replace("[0", "[-1"), "m.jsonl:1: not a line of a Mooncake trace: .*hash_ids"),
+        ("m.jsonl", MOONCAKE.replace("[0", f"[{2**63}"), "m.jsonl:1: not a line of a Mooncake trace: .*hash_ids"),
+        ("a.csv", AZURE + "2023-11-16 18:16:00," + "1" * 200_000 + ",3\n", "a.csv: field larger than field limit"),
         ("s.json", '[{"conversations": 3}]', "not ShareGPT's format"),
         ("t.txt", "", "name ends in"),
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "no usable request"),
@@ -152,6 +155,8 @@ def test_requests_that_come_at_once_have_no_rate(tmp_path: Path) -> None:
         source(trace=trace, arrivals="trace").workload(1.0, 0)
     with pytest.raises(ConfigError, match="--rate"):
         source().workload(None, 0)
+    with pytest.raises(ConfigError, match="over 300 days, and at most 30 are allowed"):
+        source(arrivals="poisson", num_requests=300, burstiness=0.0).workload(299 / 300 / 86400, 0)
     with pytest.raises(ConfigError, match="no requests"):
         source(trace=trace[3:], arrivals="trace").workload(1.0, 0)
 

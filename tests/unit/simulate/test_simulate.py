@@ -307,3 +307,9 @@ def test_the_command_line_says_what_is_wrong(
         monkeypatch.setattr("sys.argv", ["hbserve", "--rate", "4", "--goodput", *wrong])
         assert command.main() == 1
         assert complaint in capsys.readouterr().err
+    load = ["--rate", "4", "--num-requests", "1", "--goodput", "ttft:400,tpot:40", "--system", "unified"]
+    assert command.main(load) == 1
+    assert "all requests come at once" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main([*load, "--seed", "-1"])
+    assert "'-1' is not a whole number from 0 to 2^32 - 1" in capsys.readouterr().err
