@@ -130,7 +130,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             self._require(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens")
         for name in ("ttft_ms", "tpot_ms"):
             target = getattr(self, name)
-            self._require(target is None or 0 < target < float("inf"), name, "must be positive")
+            rule = "must be positive, and at most 10^15"
+            self._require(target is None or 0 < target <= 1e15, name, rule)
             self._require(target is None or self.priority is None, name, "cannot be combined with priority, batch")
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(self, name)
@@ -151,7 +152,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         self._require(all(t >= 0 for t in biases), "logit_bias", "must name token ids")
         self._require(all(-100 <= bias <= 100 for bias in biases.values()), "logit_bias", "must be in [-100, 100]")
         if self.truncate_prompt_tokens is not None:
-            self._require(self.truncate_prompt_tokens >= -1, "truncate_prompt_tokens", "must be at least -1")
+            rule = "must be at least -1, and below 2^63"
+            self._require(-1 <= self.truncate_prompt_tokens < 2**63, "truncate_prompt_tokens", rule)
         if self.allowed_token_ids is not None:
             self._require(bool(self.allowed_token_ids), "allowed_token_ids", "must not be empty")
             self._require(all(t >= 0 for t in self.allowed_token_ids), "allowed_token_ids", "must not be negative")

@@ -6,19 +6,21 @@ concern several keys, and powers of two, which `msgspec.Meta` cannot express, ar
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 IMPORT_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z"
-_MAX_FLOAT = sys.float_info.max  # refuses inf; NaN passes no comparison
+_MAX_FLOAT = 1e9  # what follows from it stays finite, and within what the operating system waits for
 
 PositiveInt = Annotated[int, Meta(ge=1, description="positive")]
 NonNegativeInt = Annotated[int, Meta(ge=0, description="at least 0")]
-PositiveFloat = Annotated[float, Meta(gt=0, le=_MAX_FLOAT, description="positive and finite")]
-NonNegativeFloat = Annotated[float, Meta(ge=0, le=_MAX_FLOAT, description="at least 0 and finite")]
+PositiveFloat = Annotated[float, Meta(gt=0, le=_MAX_FLOAT, description="positive and at most 10^9")]
+Seconds = Annotated[float, Meta(gt=0, le=1e6, description="positive and at most 10^6")]
+"""Longer times overflow what the operating system waits for."""
+NonNegativeSeconds = Annotated[float, Meta(ge=0, le=1e6, description="in 0..10^6")]
+NonNegativeFloat = Annotated[float, Meta(ge=0, le=_MAX_FLOAT, description="in 0..10^9")]
 Fraction = Annotated[float, Meta(gt=0, le=1, description="in (0, 1]")]
 Percentage = Annotated[int, Meta(ge=1, le=100, description="in 1..100")]
 Port = Annotated[int, Meta(ge=1, le=65535, description="in 1..65535")]

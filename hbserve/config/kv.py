@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hbserve.config.fields import HostPort, NonNegativeInt, Port, PositiveFloat, PositiveInt, Section
+from hbserve.config.fields import HostPort, NonNegativeInt, Port, PositiveInt, Seconds, Section
 
 
 class KVTransferConfig(Section, frozen=True):
@@ -35,7 +35,7 @@ class KVTransferConfig(Section, frozen=True):
     buffer_size: PositiveInt = 1 << 30
     ip: str | None = None
     port: Port | None = None
-    timeout_s: PositiveFloat = 30.0
+    timeout_s: Seconds = 30.0
     max_attempts: PositiveInt = 3
     local_prefill_tokens: NonNegativeInt = 0
     layer_group_bytes: NonNegativeInt = 4 << 20
@@ -87,4 +87,4 @@ class KVCacheConfig(Section, frozen=True):
     host_bytes: NonNegativeInt = 0
     disk: DiskTierConfig | None = None
     store: StoreTierConfig | None = None
-    timeout_s: PositiveFloat = 5.0
+    timeout_s: Seconds = 5.0

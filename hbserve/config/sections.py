@@ -21,6 +21,7 @@ from hbserve.config.fields import (
     Port,
     PositiveFloat,
     PositiveInt,
+    Seconds,
     Section,
     ServerPort,
     TraceUrl,
@@ -224,7 +225,7 @@ class SchedulerConfig(Section, frozen=True):
     tpot_ms: PositiveFloat | None = None
     targets_are_soft: bool = False
     targets_by_default: bool = True
-    max_queue_s: PositiveFloat | None = None
+    max_queue_s: Seconds | None = None
 
     def ttft_target_ms(self, num_prompt_tokens: int) -> float | None:
         """Return the TTFT target of a request that has none of its own; None for no target."""
@@ -252,12 +253,12 @@ class RpcConfig(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Port | None = None
     key_file: str | None = None
-    heartbeat_interval_s: PositiveFloat = 0.5
-    heartbeat_timeout_s: PositiveFloat = 10.0
-    step_timeout_s: PositiveFloat = 120.0
-    start_timeout_s: PositiveFloat = 300.0
-    recovery_timeout_s: PositiveFloat = 120.0
-    drain_timeout_s: PositiveFloat = 60.0
+    heartbeat_interval_s: Seconds = 0.5
+    heartbeat_timeout_s: Seconds = 10.0
+    step_timeout_s: Seconds = 120.0
+    start_timeout_s: Seconds = 300.0
+    recovery_timeout_s: Seconds = 120.0
+    drain_timeout_s: Seconds = 60.0
     max_restarts: NonNegativeInt = 5
 
 
@@ -290,8 +291,8 @@ class ServerConfig(Section, frozen=True):
     max_open_requests: PositiveInt | None = None
     max_requests_per_key: PositiveInt | None = None
     requests_per_minute_per_key: PositiveInt | None = None
-    request_timeout_s: PositiveFloat | None = None
-    drain_timeout_s: PositiveFloat = 10.0
+    request_timeout_s: Seconds | None = None
+    drain_timeout_s: Seconds = 10.0
 
 
 class LoggingConfig(Section, frozen=True):

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from hbserve.config.fields import NonNegativeFloat, NonNegativeInt, Percentage, PositiveFloat, PositiveInt, Section
+from hbserve.config.fields import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    NonNegativeSeconds,
+    Percentage,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Section,
+)
 
 DECODE_PACE = 0.8
 """Share of the TPOT target that a decode step may take beside prefill."""
@@ -57,13 +66,13 @@ class SLOConfig(Section, frozen=True):
     ttft_violation_threshold: PositiveFloat = 1.1
     tpot_violation_threshold: PositiveFloat = 1.1
     profile: str | None = None
-    monitoring_interval_s: PositiveFloat = 2.0
-    window_s: PositiveFloat = 5.0
+    monitoring_interval_s: Seconds = 2.0
+    window_s: Seconds = 5.0
     min_percentage: PositiveInt = 10
     max_total_percentage: PositiveInt = 200
     adjustment_step: PositiveInt = 10
-    cooldown_s: NonNegativeFloat = 4.0
-    rotation_cooldown_s: NonNegativeFloat = 60.0
+    cooldown_s: NonNegativeSeconds = 4.0
+    rotation_cooldown_s: NonNegativeSeconds = 60.0
     hysteresis: NonNegativeFloat = 0.05
     min_confidence_threshold: NonNegativeFloat = 0.7
     holds_back_decode: bool = True
@@ -100,7 +109,7 @@ class SemiPDConfig(Section, frozen=True):
     prefill_priority: Literal[0, 1] = 1
     ladder: LadderConfig = LadderConfig()
     num_sleepers: NonNegativeInt = 2
-    preparation_timeout_s: PositiveFloat = 60.0
-    drain_timeout_s: PositiveFloat = 60.0
-    heartbeat_interval_s: PositiveFloat = 1.0
+    preparation_timeout_s: Seconds = 60.0
+    drain_timeout_s: Seconds = 60.0
+    heartbeat_interval_s: Seconds = 1.0
     slo: SLOConfig | None = None

@@ -151,6 +151,11 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
 
 
+# 1e3 is a number in YAML 1.2 and in JSON; YAML 1.1, which PyYAML reads, takes it for text.
+_EXPONENT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+\Z")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
 def _parse(text: str, path: str) -> tuple[Any, yaml.Node | None]:
     loader = _Loader(text)
     try:

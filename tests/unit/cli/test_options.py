@@ -240,7 +240,7 @@ def test_short_names_replace_their_values() -> None:
             "--no-targets --scheduler.targets_by_default true",
             "--no-targets and --scheduler.targets_by_default set scheduler.targets_by_default to different values",
         ),
-        ("--ttft-ms -1", "--ttft-ms must be positive and finite, got -1.0"),
+        ("--ttft-ms -1", "--ttft-ms must be positive and at most 10^9, got -1.0"),
         ("--no-targets --tpot-ms 5", "--no-targets: a target is given"),
         ("--gpus 0,1,2 --tp-size 2", "--gpus: an instance has 2 GPUs (model.tensor_parallel_size); 0,1,2 do not"),
         ("--gpus 0,2 --tp-size 2", "--gpus: the GPUs of an instance follow each other, 0,2 do not"),

@@ -103,7 +103,13 @@ TWO = (
         (MODEL + "chunked_prefil: {}\n", 3, "chunked_prefil: unknown key; did you mean 'chunked_prefill'"),
         (MODEL + "rpc:\n  hoist: x\n", 4, "rpc.hoist: unknown key; did you mean 'host'"),
         (MODEL + "semi_pd:\n  ladder: {prefil: [1]}\n", 4, "ladder.prefil: unknown key; did you mean 'prefill'"),
-        (MODEL + "rpc:\n  heartbeat_timeout_s: .inf\n", 4, "heartbeat_timeout_s: must be positive and finite, got inf"),
+        (MODEL + "rpc:\n  heartbeat_timeout_s: .inf\n", 4, "heartbeat_timeout_s: must be positive and at most 10^6"),
+        (MODEL + "rpc:\n  step_timeout_s: 1.0e+300\n", 4, "step_timeout_s: must be positive and at most 10^6"),
+        (
+            MODEL + "semi_pd: {slo: {ttft_target_ms: 9, tpot_target_ms: 1, cooldown_s: 10000000}}\n",
+            3,
+            "cooldown_s: must be in 0..10^6",
+        ),
         (MODEL + "performance:\n  num_blocks: many\n", 4, "performance.num_blocks: Expected int | null, got str"),
         (MODEL + "performance:\n  num_blocks: -1\n", 4, "performance.num_blocks: must be positive, got -1"),
         (MODEL + "performance:\n  block_size: 12\n", 4, "performance.block_size: must be a power of two, got 12"),
@@ -305,6 +311,14 @@ def test_a_flat_configuration_needs_its_model_only_when_it_is_used(tmp_path: Pat
         flat.freeze()
     flat.model_path = str(tmp_path)
     assert flat.freeze().chunked_prefill.chunk_size == 256
+
+
+def test_numbers_with_an_exponent_are_numbers_as_in_yaml_1_2(tmp_path: Path) -> None:
+    config = load(
+        write(tmp_path, MODEL + "rpc: {step_timeout_s: 1e3, drain_timeout_s: 25.e-1, start_timeout_s: 5E+1}\n")
+    )
+    assert (config.rpc.step_timeout_s, config.rpc.drain_timeout_s, config.rpc.start_timeout_s) == (1000, 2.5, 50)
+    assert load(write(tmp_path, MODEL + "  served_name: '1e3'\n")).model.served_name == "1e3"
 
 
 def test_overrides_replace_the_values_of_the_file(tmp_path: Path) -> None:
