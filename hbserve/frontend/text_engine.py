@@ -14,7 +14,7 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -55,6 +55,13 @@ class _OpenRequest:
         self.sample_ids: list[str] = []
         self.is_aborted = False
         self.stream: TextStream | None = None
+
+
+def _check_kind(prompt: object) -> None:
+    """Refuse what Python could read as token ids and the caller did not mean so, such as bytes or a dictionary."""
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+        kind = f"{type(prompt).__module__}.{type(prompt).__qualname__}"
+        raise InvalidRequestError(f"a prompt must be text or a list of token ids, got {kind}", "prompt")
 
 
 class TextEngine:
@@ -276,9 +283,8 @@ class TextEngine:
                     f"vocabulary of {self.vocab_size} tokens",
                     "prompt",
                 )
-        elif not isinstance(prompt, Iterable):
-            raise InvalidRequestError(f"the prompt must be text or token ids, got {prompt!r}", "prompt")
         else:
+            _check_kind(prompt)
             token_ids = list(prompt)
         if not token_ids:
             raise InvalidRequestError("the prompt must not be empty", "prompt")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
@@ -100,10 +101,19 @@ class ChildProcess:
         self._exited: Future[int] = Future()
         for future in (self._started, self._exited):
             future.set_running_or_notify_cancel()  # a coroutine that is cancelled must not cancel it
+        _started.add(self)
         self.send(self.orders)
         child.add_follower(self)
         self._watcher = threading.Thread(target=self._watch, args=(read_end,), name=f"watch-{self.name}", daemon=True)
         self._watcher.start()
+
+    def let_go(self) -> None:
+        """Give up the life line, in a fork of this process: the child must end with this process, not with its fork."""
+        assert self._process is not None
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._process.stdin.fileno(), inheritable=False)
+            os.close(nothing)
 
     @property
     def latest_start(self) -> Start | None:
@@ -237,6 +247,17 @@ class ChildProcess:
             started.set_result({})
         exited.set_result(code)
         self._on_exit(code)
+
+
+_started: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
+
+
+def _let_go_of_all() -> None:
+    for process in list(_started):
+        process.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_of_all)
 
 
 class RestartBudget:

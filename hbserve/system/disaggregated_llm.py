@@ -80,6 +80,7 @@ class DisaggregatedLLM:
         self._text_in_processes, self._load_tokenizer = text_in_processes, load_tokenizer
         self._text: TextProcesses | None = None
         self._given_up: str | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
         """Start all processes and return when the system can serve requests.
@@ -92,6 +93,7 @@ class DisaggregatedLLM:
         """
         if self._client is not None:
             raise StartupError("already started")
+        self._loop = asyncio.get_running_loop()
         check_not_importing()
         self._given_up = None
         self.config = await asyncio.to_thread(with_model_folder, self.config)
@@ -166,7 +168,8 @@ class DisaggregatedLLM:
         self._launcher.learnt_profile = self._launcher.learnt_profile or plan.learnt_profile
 
     async def stop(self) -> None:
-        """Abort the open requests and end all processes. May be called twice."""
+        """Abort the open requests and end all processes. May be called twice, in the event loop of the start."""
+        self._check_loop()
         watching, self._watching = self._watching, None
         if watching is not None:
             watching.cancel()
@@ -179,6 +182,7 @@ class DisaggregatedLLM:
         if text is not None:
             await text.stop()
         await self._launcher.stop()
+        self._loop = None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -246,6 +250,7 @@ class DisaggregatedLLM:
         Raises:
             InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError
         """
+        self._check_loop()
         max_waiting = self.config.performance.max_waiting_requests
         return await generate_all(self.engine, as_batch(prompts), sampling_params, max_waiting)
 
@@ -253,12 +258,14 @@ class DisaggregatedLLM:
         self, messages: Sequence[ChatMessage], sampling_params: SamplingParams | None = None
     ) -> GenerationOutput:
         """Answer a conversation, by the model's chat template. Errors as in `generate`."""
+        self._check_loop()
         return await self.engine.generate_chat(messages, sampling_params or self.engine.default_sampling)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[SampleDelta]:
         """Iterate over the deltas of one request; leaving the loop early aborts it. Errors as in `generate`."""
+        self._check_loop()
         return self.engine.stream(prompt, sampling_params or self.engine.default_sampling, request_id)
 
     def abort(self, request_id: str) -> None:
@@ -291,6 +298,19 @@ class DisaggregatedLLM:
         if self.client.restarting is not None:
             raise SchedulerRestartingError(self.client.restarting)
         raise EngineDeadError("the scheduler does not answer")
+
+    def _check_loop(self) -> None:
+        """Refuse another event loop than that of the start: it would wait for ever.
+
+        Raises:
+            RuntimeError
+        """
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if self._loop not in (None, running):
+            raise RuntimeError("this system was started in another event loop; use it there, or use LLM")
 
     def report_event(self, kind: EventKind, subject: str, text: str) -> None:
         """Log an event of this process, and tell the scheduler, which keeps it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar
@@ -45,6 +46,7 @@ class LLM:
         self._thread = threading.Thread(target=self._loop.run_forever, name="hbserve-llm", daemon=True)
         self._thread.start()
         self._is_closed = False
+        self._pid = os.getpid()
         # The thread is a daemon because an ending interpreter joins other threads before it calls atexit.
         atexit.register(self.close)
         try:
@@ -80,6 +82,7 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[GenerationOutput]:
         """Answer one conversation or several, by the model's chat template; otherwise like `generate`."""
+        self._check_open()
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         encode = self._llm.engine.tokenizer.encode_chat
         prompts: list[Prompt] = [encode(conversation) for conversation in conversations]  # type: ignore[arg-type]
@@ -87,6 +90,7 @@ class LLM:
 
     def get_system_stats(self) -> dict[str, Any]:
         """Ask the scheduler for its statistics: see `hbserve.scheduler.stats.SystemStats` for the keys."""
+        self._check_open()
         return self._llm.get_system_stats()
 
     @property
@@ -102,9 +106,11 @@ class LLM:
             return await generate_all(self._llm.engine, prompts, sampling_params, max_waiting, bar.update)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._is_closed:
+        try:
+            self._check_open()
+        except EngineDeadError:
             work.close()
-            raise EngineDeadError("this LLM has been closed")
+            raise
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -112,9 +118,15 @@ class LLM:
             future.cancel()
             raise
 
-    def close(self) -> None:
-        """End all processes. May be called twice."""
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise EngineDeadError(f"this LLM belongs to process {self._pid}; a fork of it needs one of its own")
         if self._is_closed:
+            raise EngineDeadError("this LLM has been closed")
+
+    def close(self) -> None:
+        """End all processes. May be called twice; in a fork of the process it has no effect."""
+        if self._is_closed or os.getpid() != self._pid:
             return
         self._is_closed = True
         atexit.unregister(self.close)

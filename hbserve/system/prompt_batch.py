@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from hbserve.frontend.outputs import GenerationOutput
@@ -58,8 +58,9 @@ def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise TypeError(f"a prompt is a string or a list of token ids, got {type(prompts).__name__}")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | bytearray | Mapping | Set):
+        kind = type(prompts).__name__
+        raise TypeError(f"a prompt is a string or a list of token ids, and several are a list of them; got {kind}")
     batch: list[Any] = list(prompts)
     return [batch] if batch and all(isinstance(item, int) for item in batch) else batch
 

@@ -25,6 +25,7 @@ def main() -> None:
         while (order := child.next_order()) is not None:
             level = {"level": logging.getLogger().level} if "asks_level" in order else {}
             child.report_status({"echo": order} | level, is_last=False)
+        stop.set()  # the parent has ended
     while not stop.wait(0.05):
         pass
     child.exit_now(7)

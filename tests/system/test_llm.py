@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from hbserve import LLM, DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.errors import ConfigError, EngineDeadError, InvalidRequestError, StartupError
@@ -262,11 +265,14 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_lost(
     with pytest.raises(InvalidRequestError) as caught:
         llm.generate([prompt], sampling, use_tqdm=False)
     assert caught.value.param == param
-    for wrong in (None, 5):
+    for wrong in (None, 5, b"abc", {"prompt_token_ids": [1]}, {"a", "b"}):
         with pytest.raises(TypeError, match="a prompt is a string or a list of token ids"):
             llm.generate(wrong, GREEDY)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="sampling_params must be"):
         llm.generate([prompt], {"temperature": 0})  # type: ignore[arg-type]
+    for kind in (torch.tensor([1, 2]), b"abc", {"prompt": "a"}, {1}, 5.5):
+        with pytest.raises(InvalidRequestError, match="a prompt must be text or a list of token ids, got "):
+            llm.generate([kind], GREEDY)  # type: ignore[list-item]
     assert llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0]["finish_reason"] == "length"
 
 
@@ -355,8 +361,56 @@ def test_dummy_weights_need_only_a_config_and_a_closed_llm_says_so(tmp_path: Pat
     with LLM(str(tmp_path), mode="unified", load_format="dummy", **SETTINGS) as llm:
         assert len(llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0]["token_ids"]) == NUM_TOKENS
     llm.close()  # once more is no harm
-    with pytest.raises(EngineDeadError, match="closed"):
-        llm.generate([1], GREEDY)
+    for use in (lambda: llm.generate([1], GREEDY), lambda: llm.chat([{"role": "user"}]), llm.get_system_stats):
+        with pytest.raises(EngineDeadError, match="this LLM has been closed"):
+            use()
+
+
+async def test_another_event_loop_is_refused_and_does_not_wait_for_ever(model: tuple[str, Any]) -> None:
+    def in_another_loop(use: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        with pytest.raises(RuntimeError, match="started in another event loop"):
+            asyncio.run(use())
+
+    async with DisaggregatedLLM(PdDisaggConfig(model[0], mode="unified", **SETTINGS)) as llm:
+
+        async def stream() -> None:
+            async for _ in llm.stream([1], GREEDY):
+                pass
+
+        for use in (lambda: llm.generate([1], GREEDY), lambda: llm.chat([{"role": "user"}]), stream, llm.stop):
+            await asyncio.to_thread(in_another_loop, use)
+        assert len(await llm.generate([1, 2, 3], GREEDY)) == 1
+    await asyncio.to_thread(lambda: asyncio.run(llm.stop()))  # there is nothing to do any more
+
+
+def test_a_fork_leaves_the_system_to_its_process(model: tuple[str, Any]) -> None:
+    with LLM(model[0], mode="unified", **SETTINGS) as llm:
+        before = llm.generate([1, 2, 3], GREEDY, use_tqdm=False)
+
+        def exit_code(what: Callable[[], object]) -> int:
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    what()
+                    code = 2
+                except EngineDeadError as error:
+                    code = 3 if "belongs to process" in str(error) else 4
+                finally:
+                    os._exit(code)
+            deadline = time.monotonic() + DEADLINE_S
+            while time.monotonic() < deadline:
+                if (done := os.waitpid(pid, os.WNOHANG))[0]:
+                    return os.waitstatus_to_exitcode(done[1])
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise AssertionError("the fork hangs")
+
+        assert exit_code(lambda: llm.generate([1], GREEDY)) == 3
+        assert exit_code(llm.get_system_stats) == 3
+        assert exit_code(llm.close) == 2
+        assert llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0]["token_ids"] == before[0]["token_ids"]
 
 
 def test_what_cannot_start_says_why(model: tuple[str, Any], tmp_path: Path) -> None:

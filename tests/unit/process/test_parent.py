@@ -7,7 +7,10 @@ import logging
 import os
 import queue
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,6 +145,31 @@ def test_a_child_may_share_the_group_and_inherit_descriptors() -> None:
     child.kill()  # the child alone
     assert child.wait_exit(DEADLINE_S)
     assert child.exit_code == -signal.SIGKILL
+
+
+def test_a_child_ends_with_its_parent_although_a_fork_of_the_parent_lives_on() -> None:
+    code = """
+import os, signal, time
+from tests.unit.process.test_parent import DEADLINE_S, new_child
+child = new_child({"status": {"ready": True}, "echoes": True})
+child.start()
+fork = os.fork()
+if fork == 0:
+    time.sleep(DEADLINE_S)
+    os._exit(0)
+print(child.pid, fork, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        pid, fork = map(int, running.stdout.readline().split())
+        try:
+            deadline = time.monotonic() + DEADLINE_S / 2
+            while (state := Path(f"/proc/{pid}/stat")).exists() and ") Z " not in state.read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            os.kill(fork, signal.SIGKILL)
 
 
 def test_a_budget_allows_restarts_again_after_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
