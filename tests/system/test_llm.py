@@ -272,7 +272,7 @@ def test_what_cannot_be_served_is_refused_and_nothing_is_lost(
         llm.generate([prompt], {"temperature": 0})  # type: ignore[arg-type]
     for kind in (torch.tensor([1, 2]), b"abc", {"prompt": "a"}, {1}, 5.5):
         with pytest.raises(InvalidRequestError, match="a prompt must be text or a list of token ids, got "):
-            llm.generate([kind], GREEDY)  # type: ignore[list-item]
+            llm.generate([kind], GREEDY)  # type: ignore[arg-type]
     assert llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0]["finish_reason"] == "length"
 
 
