@@ -75,6 +75,7 @@ class Copy:
     block_bytes: int
     load: KVLoad | None = None
     first_block: int = 0
+    patience_s: float = math.inf
     deadline: float = math.inf
     is_late: bool = False
 
@@ -122,10 +123,15 @@ class Copies:
         loads = [self._end(self._jobs.pop(job_id), None) for job_id in lost]
         return [load for load in loads if load is not None]
 
-    def begin(self, job: Copy) -> int:
-        """A copy is on its way to its worker; returns its number."""
+    def begin(self, job: Copy, patience_s: float = math.inf) -> int:
+        """A copy is on its way to its worker; returns its number.
+
+        Args:
+            patience_s: it is late after this time; at most `_LATE` times the configured one.
+        """
         self._last_job_id += 1
-        job.deadline = self._clock.now + self._deadline_s
+        job.patience_s = min(patience_s, self._deadline_s)
+        job.deadline = self._clock.now + job.patience_s
         self._jobs[self._last_job_id] = job
         self._next_deadline = min(self._next_deadline, job.deadline)
         self._clock.call_at(job.deadline)
@@ -201,7 +207,7 @@ class Copies:
         loads: dict[int, KVLoad] = {}
         for job in late:
             job.is_late = True
-            what = f"a copy of {len(job.entries)} blocks has not ended within {self._deadline_s:g} s"
+            what = f"a copy of {len(job.entries)} blocks has not ended within {job.patience_s:.3g} s"
             self._events.note("tier_failed", _subject(job), what)
             job.tier.rest(now)
             job.tier.directory.stats.count_failures("late", len(job.entries))

@@ -7,6 +7,7 @@ prompt when it is admitted. Its sequence is in no plan until the load has ended 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 
@@ -25,6 +26,9 @@ from hbserve.scheduler.worker import WorkerHandle
 
 _FORGET = 0.95
 """Factor on the time per byte each time it makes a load not pay, so that a slow moment is not believed for ever."""
+_PATIENCE, _MIN_PATIENCE_S = 4.0, 1.0
+"""A load is given up after so many times the predicted time to compute what it brings, and not before so many seconds:
+a tier that hangs, as a store may, costs its requests about that."""
 
 
 class KVTiers:
@@ -146,7 +150,9 @@ class KVTiers:
         worker = copying_worker(instance)
         assert worker is not None, "an instance that is ready has a worker"
         assert instance.hello is not None
-        first = runs[0].first
+        first, block_size = runs[0].first, allocation.pool.block_size
+        compute_s = self._compute_s((runs[-1].end - first) * block_size, first * block_size)
+        patience_s = max(_MIN_PATIENCE_S, _PATIENCE * compute_s) if compute_s else math.inf
         load = KVLoad(
             sequence, sequence.attempt, allocation, first, [False] * sum(len(run.entries) for run in runs), len(runs)
         )
@@ -158,7 +164,7 @@ class KVTiers:
             allocation.begin_copy()
             job = Copy(instance, worker, tier, entries, allocation, instance.hello.block_bytes, load, run.first)
             tier.loading_bytes += len(entries) * job.block_bytes
-            job_id = self._copies.begin(job)
+            job_id = self._copies.begin(job, patience_s)
             worker.send(
                 LoadBlocks(
                     epoch=worker.epoch,

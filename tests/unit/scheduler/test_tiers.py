@@ -26,9 +26,9 @@ PROMPT = [*range(1, 71)]  # four full blocks
 class System:
     """A unified instance with a pool of ``num_blocks``, whose worker does at once what it is told, except copies."""
 
-    def __init__(self, num_blocks: int = 8, tier: TierInfo = TIER) -> None:
+    def __init__(self, num_blocks: int = 8, tier: TierInfo = TIER, timeout_s: float = TIMEOUT_S) -> None:
         config = PdDisaggConfig.from_arguments(str(DEMO), mode="unified", device="cpu").freeze()
-        kv_cache = msgspec.structs.replace(config.kv_cache, timeout_s=TIMEOUT_S)
+        kv_cache = msgspec.structs.replace(config.kv_cache, timeout_s=timeout_s)
         performance = msgspec.structs.replace(config.performance, decode_headroom_tokens=0)
         config = msgspec.structs.replace(config, kv_cache=kv_cache, performance=performance)
         self.scheduler = CpuScheduler(config, {"unified-0": "tcp://worker:1"}, Start(now=50.0, time_ns=1000))
@@ -225,6 +225,23 @@ def test_a_late_load_is_computed_in_other_blocks_and_its_own_stay_pinned() -> No
     assert system.num_free == 16
     assert system.stats["failures"] == {"late": 4}
     assert system.scheduler._events.counts["tier_failed"] == 1
+
+
+def test_a_load_that_takes_much_longer_than_computing_is_given_up() -> None:
+    system = System(timeout_s=30.0)
+    system.stored_and_evicted()
+    system.scheduler._requests.tiers._compute_s = lambda tokens, start: tokens / 128
+    name = system.ask(PROMPT)
+    assert system.loads()
+    system.step(seconds=1.9)
+    assert not system.plans
+    system.step(seconds=0.2)
+    assert not system.plans  # the late load still has its blocks, and the pool no others
+    system.answer(system.loads()[0])
+    system.step(seconds=0.2)
+    assert [*system.prompt_rows()] == [(0, 70)]
+    assert (system.outputs[-1].request_id, system.outputs[-1].finish_reason) == (name, "length")
+    assert system.stats["failures"] == {"late": 4}
 
 
 def test_a_tier_that_fails_is_left_alone_for_a_while() -> None:
