@@ -87,12 +87,10 @@ def run(arguments: argparse.Namespace) -> None:
     for part in arguments.parts:
         if part.number < 2 or part.first + part.number > len(trace):
             raise ConfigError(f"--parts: {part.first}:{part.number}: the trace has {len(trace)} such requests")
-    rows = asyncio.run(_measure(arguments, trace))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    asyncio.run(_measure(arguments, trace))
 
 
-async def _measure(arguments: argparse.Namespace, trace: list[TraceEntry]) -> list[dict[str, Any]]:
+async def _measure(arguments: argparse.Namespace, trace: list[TraceEntry]) -> None:
     model = find_model(arguments.model)
     vocab_size = ModelSpec.load(model).vocab_size
     loads = [_workload(arguments, trace, part, vocab_size, seed) for seed, part in enumerate(arguments.parts)]
@@ -102,7 +100,7 @@ async def _measure(arguments: argparse.Namespace, trace: list[TraceEntry]) -> li
         "max_model_len": max(load.longest for load in loads) + 1,
     }
     targets = RequestTargets(ttft_ms=arguments.ttft_ms, tpot_ms=arguments.tpot_ms)
-    rows = []
+    rows: list[dict[str, Any]] = []
     async with AsyncExitStack() as stack:
 
         async def start(host_bytes: int) -> EngineTarget:
@@ -128,7 +126,8 @@ async def _measure(arguments: argparse.Namespace, trace: list[TraceEntry]) -> li
                 print(
                     f"{part.kind:6} {name}: {_line(summary)}, {cached / prompt:.1%} of the prompts cached", flush=True
                 )
-    return rows
+                if arguments.json is not None:  # also if it is ended before the last part
+                    arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _line(summary: dict[str, Any]) -> str:
