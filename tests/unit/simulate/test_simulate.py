@@ -141,6 +141,21 @@ def test_a_tier_in_the_hosts_memory_keeps_what_the_pool_forgets() -> None:
     assert host["stored_blocks"] >= 2 * 16384 // BLOCK_SIZE
 
 
+def test_a_tier_that_is_slower_than_the_device_delays_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes again, the pool is full, and the tier stores a fifth of what is computed."""
+    monkeypatch.setattr("hbserve.simulate.tiers._COPY_BYTES_PER_S", 1e9)
+    means, slow = [], Sizes(kv_tokens=60_000, host_tokens=1_000_000)
+    for num_host_blocks in (0, slow.num_host_blocks):
+        config = make_config([InstanceRole.UNIFIED], slow)
+        system = SimulatedSystem(config, STEPS, slow.num_blocks, num_host_blocks=num_host_blocks)
+        requests = poisson(4.0, 12.0, (2000, 12000), (1, 200), seed=4)
+        system.serve(requests)
+        means.append(sum(request.ttft_ms for request in requests) / len(requests))
+    assert means[0] > 500  # requests wait for the pool
+    assert means[1] == pytest.approx(means[0], rel=0.02)
+    assert system.tier_stats["host"]["skipped_blocks"] > system.tier_stats["host"]["stored_blocks"]
+
+
 def test_kv_arrives_at_the_decode_gpu_after_the_prompt() -> None:
     roles = [InstanceRole.PREFILL, InstanceRole.DECODE]
     system = SimulatedSystem(make_config(roles, SIZES), STEPS, SIZES.num_blocks)
