@@ -198,7 +198,7 @@ class TimedTarget:
     def __init__(self, target: LoadTarget) -> None:
         self._target = target
         self.vocab_size, self.max_model_len = target.vocab_size, target.max_model_len
-        self.split, self.describe = target.split, target.describe
+        self.split, self.drafts, self.describe = target.split, target.drafts, target.describe
         self.times: dict[Key, tuple[float, float]] = {}
 
     async def generate(self, prompt: list[int], output_len: int, targets: dict[str, float]) -> AsyncGenerator[int]:

@@ -217,6 +217,9 @@ def _show_results(runs: list[RunRecord], floor: Floor) -> None:
     print(f"\n{report.INSTANCE_HEADER}")
     for index, record in enumerate(runs):
         print("\n".join(report.instance_lines(str(index + 1), record)), flush=True)
+    for index, record in enumerate(runs):
+        if record.drafts:
+            print(f"{index + 1:<8}{report.drafts_line(record.drafts)}", flush=True)
 
 
 def _document(options: OfflineOptions, config: Config, batch: RequestBatch, limits: DeviceLimits) -> dict[str, Any]:

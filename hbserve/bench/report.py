@@ -15,7 +15,7 @@ from typing import Any
 from hbserve import __version__
 from hbserve.bench.floor import Floor
 from hbserve.bench.request_record import RequestTargets
-from hbserve.bench.run_record import RunRecord
+from hbserve.bench.run_record import Drafts, RunRecord
 from hbserve.bench.serve_workload import ServeWorkload
 
 _LIBRARIES = ("torch", "transformers", "numpy", "pyzmq", "msgspec", "flashinfer-python", "flash-attn")
@@ -95,6 +95,13 @@ def instance_lines(name: str, run: RunRecord) -> list[str]:
     ]
 
 
+def drafts_line(drafts: Drafts) -> str:
+    """Return a line about what drafters of speculation did."""
+    shares = [f"{name} {counts['accepted_tokens'] / counts['drafted_tokens']:.0%}" for name, counts in drafts.items()]
+    num_right, num_drafts = (sum(counts[key] for counts in drafts.values()) for key in ("accepted_tokens", "drafts"))
+    return f"{num_drafts} drafts, {num_right / num_drafts:.2f} tokens right of each ({', '.join(shares)} of all tried)"
+
+
 def runs_as_json(runs: Sequence[RunRecord], floor: Floor) -> dict[str, Any]:
     """Return floor, raw runs and medians as plain data; field names as in the classes."""
     return {
@@ -147,6 +154,8 @@ def show_run(summary: dict[str, Any], client: dict[str, float], is_first: bool) 
         cells.append(" " + " ".join(f"{number:{width}.1f}" for number in numbers) + " ")
     print("|".join(cells), flush=True)
     notes = [f"{count}x {error}" for error, count in summary["errors"].items()]
+    if summary.get("drafts"):
+        notes.append(drafts_line(summary["drafts"]))
     if summary["cut_short"]:
         notes.append("stopped early: the targets are missed")
     if client["cpu_share"] > _BUSY_CLIENT_SHARE:

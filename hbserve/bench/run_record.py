@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ import msgspec
 from hbserve import LLM, SamplingParams
 from hbserve.bench.request_batch import RequestBatch
 from hbserve.errors import RequestFailedError
+
+Drafts = Mapping[str, Mapping[str, int]]
+"""By drafter, its verified drafts, their tokens, and the right ones, as ``/stats`` counts them."""
 
 _JUST_JOINED = {"busy_s": 0.0, "host_s": 0.0, "steps": 0}
 
@@ -42,6 +46,7 @@ class RunRecord:
         cached_prompt_tokens: prompt tokens whose KV was in the prefix cache; the floor assumes 0.
         preemptions: how often KV blocks ran out and a decoding request had to be computed again.
         kv_transfer_bytes: bytes moved between instances.
+        drafts: of speculation.
     """
 
     seconds: float
@@ -50,6 +55,7 @@ class RunRecord:
     cached_prompt_tokens: int
     preemptions: int
     kv_transfer_bytes: int
+    drafts: Drafts
     instances: dict[str, InstanceWork]
 
 
@@ -82,11 +88,21 @@ def run_batch(llm: LLM, batch: RequestBatch, sampling: SamplingParams) -> RunRec
         cached_prompt_tokens=sum(output["num_cached_tokens"] for output in outputs),
         preemptions=after["cpu_scheduler"]["preemptions"] - before["cpu_scheduler"]["preemptions"],
         kv_transfer_bytes=_transferred_bytes(after) - _transferred_bytes(before),
+        drafts=drafts_between(*(stats["cpu_scheduler"]["speculation"] for stats in (before, after))),
         instances={
             name: _instance_work(before["gpu_instances"].get(name, _JUST_JOINED), instance, seconds)
             for name, instance in after["gpu_instances"].items()
         },
     )
+
+
+def drafts_between(before: Drafts, after: Drafts) -> Drafts:
+    """Return what the drafters did meanwhile; those that did nothing are left out."""
+    changes = {
+        name: {key: count - before.get(name, {}).get(key, 0) for key, count in counts.items()}
+        for name, counts in after.items()
+    }
+    return {name: counts for name, counts in changes.items() if counts["drafted_tokens"]}
 
 
 def _instance_work(before: dict[str, Any], after: dict[str, Any], seconds: float) -> InstanceWork:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from hbserve.bench import plots, report
 from hbserve.bench.load import LoadResult, LoadRun
 from hbserve.bench.request_record import RequestTargets, summarize
+from hbserve.bench.run_record import drafts_between
 from hbserve.bench.serve_options import ServeOptions, SloScale
 from hbserve.bench.serve_workload import ServeWorkload
 from hbserve.bench.sweep import GivenRates, RateSearch, interpolated_rate
@@ -197,6 +198,7 @@ class ServeBenchmark:
         workload = options.source.workload(rate, seed)  # other prompts each time: the prefix cache has none
         if self._before_run is not None:
             await self._before_run()
+        drafts_before = await self._target.drafts()
         num_requests = len(workload.requests)
         max_missed = None if attainment is None else math.floor((1 - attainment) * num_requests + 1e-9)
         with tqdm(
@@ -222,6 +224,7 @@ class ServeBenchmark:
             "offered_per_s": workload.rate,
             "seed": seed,
             "cut_short": result.cut_short,
+            "drafts": drafts_between(drafts_before, await self._target.drafts()),
         }
         self._runs.append(_as_dict(result, summary))
         report.show_run(summary, self._runs[-1]["client"], is_first=len(self._runs) == 1)

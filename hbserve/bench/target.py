@@ -48,6 +48,9 @@ class LoadTarget(Protocol):
     async def split(self) -> tuple[float, float, bool] | None:
         """Return prefill percent, decode percent and whether one worker mixes both; None without semi-PD."""
 
+    async def drafts(self) -> dict[str, dict[str, int]]:
+        """Return what the drafters of speculation have done so far, as in ``/stats``; empty: it does not say."""
+
     async def describe(self) -> dict[str, Any]:
         """Return what is measured, for the results file."""
 
@@ -128,6 +131,11 @@ class EngineTarget:
     def _managers(self) -> dict[str, ProcessRotationManager]:
         supervisors = self._llm.supervisors.items()
         return {name: manager for name, manager in supervisors if isinstance(manager, ProcessRotationManager)}
+
+    async def drafts(self) -> dict[str, dict[str, int]]:
+        """See `LoadTarget.drafts`."""
+        counts: dict[str, dict[str, int]] = (await self._llm.client.stats())["cpu_scheduler"]["speculation"]
+        return counts
 
     async def describe(self) -> dict[str, Any]:
         """Return the engine's whole configuration, without folders, and its statistics."""
@@ -226,6 +234,15 @@ class HttpTarget:
                 self._has_split = False
                 return None
             return split_in(await response.json())
+
+    async def drafts(self) -> dict[str, dict[str, int]]:
+        """Ask ``GET /stats``; other servers have no such route, or have something else there."""
+        async with self._session.get("/stats") as response:
+            try:
+                counts: dict[str, dict[str, int]] = (await response.json())["cpu_scheduler"]["speculation"]
+            except (ValueError, TypeError, KeyError):  # aiohttp's ContentTypeError is a ValueError
+                return {}
+            return counts
 
     async def describe(self) -> dict[str, Any]:
         """Return the server's address and model."""

@@ -279,6 +279,12 @@ class PacedTarget:
     async def split(self) -> tuple[float, float, bool] | None:
         return next(self.splits, None)
 
+    async def drafts(self) -> dict[str, dict[str, int]]:
+        """Four drafts of three tokens for each request, of which one is right."""
+        number = len(self.came)
+        counts = {"drafts": 4 * number, "drafted_tokens": 12 * number, "accepted_tokens": 4 * number}
+        return {"suffix": counts, "ngram": dict.fromkeys(counts, 0)} if number else {}
+
     async def describe(self) -> dict[str, Any]:
         return {}
 
@@ -331,7 +337,9 @@ async def test_a_run_that_cannot_be_good_any_more_is_cut_short() -> None:
 
 
 @pytest.mark.slow
-async def test_the_sweep_measures_a_lone_request_and_finds_where_its_multiples_break(tmp_path: Path) -> None:
+async def test_the_sweep_measures_a_lone_request_and_finds_where_its_multiples_break(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
     target = PacedTarget(0.003, capacity=4)
     asked = options(
@@ -340,6 +348,9 @@ async def test_the_sweep_measures_a_lone_request_and_finds_where_its_multiples_b
     )
     async with asyncio.timeout(DEADLINE_S):
         document = await ServeBenchmark(target, asked).run()
+    first = document["runs"][0]["summary"]["drafts"]
+    assert first == {"suffix": {"drafts": 48, "drafted_tokens": 144, "accepted_tokens": 48}}
+    assert "48 drafts, 1.00 tokens right of each (suffix 33% of all tried)" in capsys.readouterr().out
     lone, targets, best = document["lone_request"], document["targets"], document["best_rate"]
     assert lone["tpot_ms"] >= 3
     assert targets == {"ttft_ms": 40 * lone["ttft_ms"], "tpot_ms": 50 * lone["tpot_ms"], "e2e_ms": None}
