@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hbserve.config import KVCacheConfig, StoreTierConfig
+from hbserve.config import DiskTierConfig, KVCacheConfig, StoreTierConfig
 from hbserve.kv_cache.host_memory import HostMemoryOwner
 from hbserve.kv_tiers.rank_tiers import RankTiers
 from hbserve.kv_transfer.block_parts import BlockParts, checksums_of, put_blocks, take_blocks
@@ -51,8 +51,9 @@ def test_blocks_are_moved_and_summed_in_one_pass(num_words: int) -> None:
     assert parts.of_layers(LayerGroup(index=1, count=2)).checksums([3, 8]) == layers.checksums([3, 8])
 
 
-async def test_both_directions_at_once_lose_nothing() -> None:
-    """A lane's two buffers, in many pieces, with blocks of a whole model's size."""
+@pytest.mark.parametrize("tier", ["host", "disk"])
+async def test_both_directions_at_once_lose_nothing(tier: str, tmp_path: Path) -> None:
+    """A lane's buffers, in many pieces, with blocks of a whole model's size."""
     platform = make_platform("cuda", 0, None, 1, 0, 1)
     platform.activate()
     block_bytes, count = 1 << 20, 96
@@ -67,17 +68,19 @@ async def test_both_directions_at_once_lose_nothing() -> None:
     def report(result: TierResult) -> None:
         loop.call_soon_threadsafe(results.put_nowait, result)
 
-    tiers = RankTiers(KVCacheConfig(), owner.memory, platform, arena, 0, 1, report)
-    slots, keys = list(reversed(range(count))), [b"%d" % slot for slot in range(count)]
+    disk = DiskTierConfig(path=str(tmp_path), bytes=2 * count * block_bytes) if tier == "disk" else None
+    memory = owner.memory if tier == "host" else None
+    tiers = RankTiers(KVCacheConfig(disk=disk), memory, platform, arena, 0, 1, report)
+    slots, keys = list(reversed(range(count))), [b"%016d" % slot for slot in range(count)]
     blocks, others = torch.randperm(count).tolist(), (count + torch.randperm(count)).tolist()
     checksums: list[list[int]] = []
     for job_id in range(1, 5):
-        tiers.handle(StoreBlocks(epoch=0, job_id=job_id, tier="host", keys=keys, slots=slots, block_ids=blocks))
+        tiers.handle(StoreBlocks(epoch=0, job_id=job_id, tier=tier, keys=keys, slots=slots, block_ids=blocks))
         if checksums:
             command = LoadBlocks(
                 epoch=0,
                 job_id=100 + job_id,
-                tier="host",
+                tier=tier,
                 keys=keys,
                 slots=slots,
                 block_ids=others,
