@@ -5,7 +5,7 @@ Processes of one instance, and the files that run in them::
     launcher (API server or Python program)
       └─ process_rotation_manager    starts, watches and ends all others; names workers to the scheduler
            │   supervisor thread:    rotation, recovery, one at a time
-           │   watcher threads:      one per child, over instance_state and worker_pool
+           │   watcher threads:      one per child, over instance_life, instance_state, worker_pool
            │   link thread:          scheduler_link, the only user of the socket to the scheduler
            │   controller thread:    slo_algorithm, slo_service: windows in, splits out
            ├─ MPS daemon             device_sharing, unless the user runs one

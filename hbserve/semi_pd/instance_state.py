@@ -1,8 +1,7 @@
 """State of one instance: the workers that exist, those that the split wants, and those that serve.
 
-The state has one lock. Each child process has a watcher thread, which notes what happens to the process and notifies
-the threads that wait for a change. The supervisor's thread then acts (`rotation`, `recovery`). One case needs no
-supervisor: the watcher of a worker that ends on its own replaces it at once.
+A watcher's thread notes what happens to a process (`instance_life`). The supervisor's thread then changes the workers
+(`rotation`, `recovery`). One case needs no supervisor: the watcher of a worker that ends on its own replaces it.
 
 A worker's states, and the methods that change them::
 
@@ -18,16 +17,14 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from enum import StrEnum
 from typing import Any
 
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.errors import StartupError
-from hbserve.messages.supervisor import EventKind, ReportEvent, SetWorkers
+from hbserve.messages.supervisor import ReportEvent, SetWorkers
 from hbserve.messages.tiers import HostMemory
 from hbserve.process.parent import ChildProcess, RestartBudget
-from hbserve.semi_pd.resident_process_manager import ResidentGroup
-from hbserve.semi_pd.scheduler_link import SchedulerLink
+from hbserve.semi_pd.instance_life import InstanceLife, Lifecycle
 from hbserve.semi_pd.utils import PHASES, ROLES
 from hbserve.semi_pd.worker_pool import Worker, WorkerPool, WorkerState
 from hbserve.slo.constraints import SMAllocation
@@ -35,66 +32,30 @@ from hbserve.slo.constraints import SMAllocation
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 5.0
-_LOSS_TIMEOUT_S = 10.0
 ShareLevel = tuple[InstanceRole, int]
 
 
-class Lifecycle(StrEnum):
-    """Life of an instance; `NEXT_LIFECYCLES` has the legal transitions."""
-
-    STOPPED = "stopped"
-    STARTING = "starting"
-    RUNNING = "running"
-    STOPPING = "stopping"
-
-
-NEXT_LIFECYCLES = {
-    Lifecycle.STOPPED: {Lifecycle.STARTING},
-    Lifecycle.STARTING: {Lifecycle.RUNNING, Lifecycle.STOPPING},
-    Lifecycle.RUNNING: {Lifecycle.STOPPING},
-    Lifecycle.STOPPING: {Lifecycle.STOPPING, Lifecycle.STOPPED},
-}
-
-
-class InstanceState:
+class InstanceState(InstanceLife):
     """State of an instance; only its methods change it. They take the lock themselves unless they say otherwise.
 
     Args:
         allocation: the first split.
 
     Attributes:
-        residents: the resident processes.
-        changed: notified after every change; its lock protects the state.
         allocation: the split in force.
-        lifecycle: of the instance.
-        is_told_to_stop: nothing new may begin.
         pool: the workers; None before the first start and after the end.
-        link: to the scheduler; None: no scheduler learns of the workers.
         host: memory of the host for KV blocks, which its owner sets before the first start.
-        memory_lost: why the memory is lost, until a recovery begins; None if it is there.
-        given_up: why the instance is not recovered any more.
-        last_error: the latest error.
         num_replaced: workers started in place of lost ones.
     """
 
     def __init__(self, config: Config, instance: InstanceConfig, allocation: SMAllocation) -> None:
-        self._config = config
-        self.instance = instance
+        super().__init__(config, instance)
         self.allocation = allocation
         self._shares = {phase: allocation.share_of(phase) for phase in PHASES}
-        self.residents = ResidentGroup(config, instance, self.on_memory_lost, lambda: self.is_told_to_stop)
-        self.changed = threading.Condition(threading.RLock())
-        self.lifecycle = Lifecycle.STOPPED
-        self.is_told_to_stop = False
         self.pool: WorkerPool | None = None
-        self.link: SchedulerLink | None = None
         self.host: HostMemory | None = None
-        self.memory_lost: str | None = None
-        self.given_up: str | None = None
-        self.last_error: str | None = None
         self.num_replaced = 0
         self._on_gpu = False
-        self._restarts = RestartBudget(config.rpc.max_restarts)
         self._standby_restarts = RestartBudget(config.rpc.max_restarts)
 
     # --- life --------------------------------------------------------------------------------------
@@ -120,12 +81,6 @@ class InstanceState:
     def _keep_first_standbys(self, pool: WorkerPool) -> None:
         pool.keep_standbys(len(self.levels(self.allocation)), True)  # they import while the memory is loaded
 
-    def enter(self, lifecycle: Lifecycle) -> None:
-        """Change the lifecycle. With the lock held."""
-        assert lifecycle in NEXT_LIFECYCLES[self.lifecycle], f"{self.lifecycle} -> {lifecycle}"
-        self.lifecycle = lifecycle
-        self.changed.notify_all()
-
     def on_stopped(self) -> None:
         """Note that every process has ended; the instance may start again."""
         with self.changed:
@@ -133,54 +88,10 @@ class InstanceState:
             self.is_told_to_stop = False
             self.enter(Lifecycle.STOPPED)
 
-    def tell_to_stop(self) -> None:
-        """Let nothing new begin, and make a running start give up. Does not block."""
-        with self.changed:
-            self.is_told_to_stop = True
-            self.changed.notify_all()
-        self.residents.notify_cancelled()
-
     def replace_split(self, allocation: SMAllocation) -> SMAllocation:
         """Put a split in force; returns the one before. With the lock held."""
         before, self.allocation = self.allocation, allocation
         return before
-
-    def on_error(self, kind: EventKind, error: str, subject: str | None = None) -> None:
-        """Log an error, keep it for the status, and report it to the scheduler as an event.
-
-        Args:
-            subject: default: the instance.
-        """
-        self.last_error, subject = error, subject or self.instance.instance_id
-        logger.error("%s: %s: %s", kind, subject, error)
-        self._report(kind, subject, error)
-
-    def on_recovered(self, text: str) -> None:
-        """Log the end of a recovery, and report it to the scheduler as an event."""
-        logger.warning("recovered: %s: %s", self.instance.instance_id, text)
-        self._report("recovered", self.instance.instance_id, text)
-
-    def _report(self, kind: EventKind, subject: str, text: str) -> None:
-        if self.link is not None:
-            self.link.send(ReportEvent(kind=kind, subject=subject, text=text))
-
-    def check_going(self) -> None:
-        """Check that the instance may go on.
-
-        Raises:
-            StartupError: if it was told to stop.
-        """
-        if self.is_told_to_stop:
-            raise StartupError(f"{self.instance.instance_id} was told to stop")
-
-    def start_memory(self, deadline: float) -> None:
-        """Start the resident processes.
-
-        Raises:
-            StartupError: with the reason of the process that cannot start; or if told to stop.
-        """
-        self.check_going()
-        self.residents.start(max(0.0, deadline - time.monotonic()))
 
     def processes(self) -> list[ChildProcess]:
         """List the running processes of workers and standbys."""
@@ -348,10 +259,6 @@ class InstanceState:
         assert self.pool is not None
         self.pool.keep_standbys(self._config.semi_pd.num_sleepers)
 
-    def may_try_again(self) -> bool:
-        """Count a restart of a lost process; returns whether ``rpc.max_restarts`` allows it."""
-        return self._restarts.take()
-
     # --- events of processes; in watchers' threads -------------------------------------------------
 
     def _on_worker_ready(self, worker: Worker) -> None:
@@ -405,16 +312,6 @@ class InstanceState:
         """Return what workers attach to, by rank; None while the memory is lost, or is being loaded again."""
         return None if self.memory_lost is not None else self.residents.find_attachments()
 
-    def is_serving(self) -> bool:
-        """Whether the instance runs and has its memory. With the lock held."""
-        return self.lifecycle is Lifecycle.RUNNING and self.memory_lost is None
-
-    def await_loss(self) -> None:
-        """Wait until the loss of the memory is noted, if a resident process has ended: its workers may notice first."""
-        if not self.residents.is_healthy():
-            with self.changed:
-                self.changed.wait_for(lambda: self.memory_lost is not None or self.is_told_to_stop, _LOSS_TIMEOUT_S)
-
     def is_settled(self, allocation: SMAllocation) -> bool:
         """Whether nothing is left to do for a requested split: it is in force, or has failed with the memory there."""
         with self.changed:
@@ -441,24 +338,6 @@ class InstanceState:
             self.check_going()
             assert self.pool is not None
             self._keep_first_standbys(self.pool)  # standbys have not touched the device and still run
-
-    def on_restart_failed(self, error: str) -> None:
-        """Let the supervisor try again, as long as ``rpc.max_restarts`` allows."""
-        with self.changed:
-            if self.lifecycle is not Lifecycle.RUNNING:
-                return
-            if self.may_try_again():
-                self.memory_lost = error
-            else:
-                self.given_up = f"the memory cannot be loaded again, after rpc.max_restarts tries: {error}"
-                self.on_error("given_up", self.given_up)
-
-    def on_memory_lost(self, why: str) -> None:
-        """Note that a resident process has ended, or the device has failed."""
-        with self.changed:
-            if self.is_serving():
-                self.memory_lost = self.last_error = why
-            self.changed.notify_all()
 
     def on_scheduler_disconnected(self) -> None:
         """Name the workers to the scheduler that comes next, unless there was nothing to name yet."""

@@ -25,7 +25,8 @@ from hbserve.errors import ConfigError, StartupError
 from hbserve.messages.tiers import HostMemory
 from hbserve.rpc.cluster_key import ClusterKey
 from hbserve.semi_pd.device_sharing import DeviceSharing
-from hbserve.semi_pd.instance_state import InstanceState, Lifecycle
+from hbserve.semi_pd.instance_life import Lifecycle
+from hbserve.semi_pd.instance_state import InstanceState
 from hbserve.semi_pd.recovery import Recovery
 from hbserve.semi_pd.resident_process_manager import ResidentProcessManager
 from hbserve.semi_pd.rotation import Rotation

@@ -11,7 +11,8 @@ from typing import Any
 
 from hbserve.config import Config, from_dict
 from hbserve.messages.supervisor import ReportEvent, SetWorkers
-from hbserve.semi_pd.instance_state import InstanceState, Lifecycle
+from hbserve.semi_pd.instance_life import Lifecycle
+from hbserve.semi_pd.instance_state import InstanceState
 from hbserve.slo.constraints import SMAllocation
 
 DEADLINE_S = 60.0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hbserve.messages.supervisor import WorkerSpec
-from hbserve.semi_pd.instance_state import NEXT_LIFECYCLES, Lifecycle
+from hbserve.semi_pd.instance_life import NEXT_LIFECYCLES, Lifecycle
 from hbserve.semi_pd.utils import InstanceRole
 from hbserve.semi_pd.worker_pool import Worker, WorkerState
 
