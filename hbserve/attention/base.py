@@ -70,6 +70,38 @@ class PageTables:
         return PageTables(indptr, indices, (context_lens - (pages - 1) * block_size).astype(np.int32))
 
 
+@dataclass(frozen=True)
+class ScoreRules:
+    """How attention scores become weights, where a model differs from ``softmax(q . k / sqrt(head_dim))``.
+
+    Attributes:
+        scale: factor of the scores; None: ``1 / sqrt(head_dim)``.
+        cap: soft cap of the scaled scores; None: there is none.
+        windows: per layer, tokens that a token sees, itself included; None: all. Empty: all layers see all.
+        sinks: float32 ``[layers, heads]`` of this rank; None: there are none.
+    """
+
+    scale: float | None = None
+    cap: float | None = None
+    windows: tuple[int | None, ...] = ()
+    sinks: Tensor | None = None
+
+    @staticmethod
+    def of(spec: ModelSpec, sinks: Tensor | None = None) -> ScoreRules:
+        """Return the rules of a model; ``sinks`` as the attribute."""
+        windows = spec.sliding_windows if any(window is not None for window in spec.sliding_windows) else ()
+        return ScoreRules(spec.scales.attention, spec.scales.attention_cap, windows, sinks)
+
+    @property
+    def are_usual(self) -> bool:
+        """Whether the model does not differ."""
+        return self.scale is None and self.cap is None and not self.windows and self.sinks is None
+
+    def window(self, layer: int) -> int | None:
+        """Return the window of a layer."""
+        return self.windows[layer] if self.windows else None
+
+
 class HeadTransform(NamedTuple):
     """What is done to heads of queries and keys before attention.
 
@@ -114,12 +146,20 @@ class Attention(ABC):
             shape = layout.num_layers, 2, layout.num_kv_heads
             ones = torch.ones(shape, dtype=torch.float32, device=kv_cache.device)
             self.kv_scales = ones if kv_scales is None else kv_scales.view(shape)
+        self._has_store_kernel = kv_cache.is_cuda and importlib.util.find_spec("triton") is not None
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the step's keys and values ``[tokens, kv heads, head_dim]`` to the cache.
 
         All rows are written before any row is read, so a row may share blocks that another row of the same step fills.
+        On a GPU with Triton, a token with a negative slot is not stored.
         """
+        if self._has_store_kernel:
+            from hbserve.attention.stored_cells import store_cells
+
+            scales = None if self.kv_scales is None else self.kv_scales[layer]
+            store_cells(_row_major(k), _row_major(v), self.kv_cache[:, layer], scales, self.slot_mapping)
+            return
         block_size = self.layout.block_size
         blocks, offsets = self.slot_mapping // block_size, self.slot_mapping % block_size
         cells = as_bytes(self.kv_cache)
@@ -149,6 +189,11 @@ class Attention(ABC):
             out: receives the result; contiguous ``[1, heads, head_dim]``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no such kernel")
+
+
+def _row_major(heads: Tensor) -> Tensor:
+    """Return ``[tokens, heads, head_dim]`` with the heads of each token side by side."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
 
 
 def as_bytes(cells: Tensor) -> Tensor:

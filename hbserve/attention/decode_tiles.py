@@ -28,7 +28,11 @@ def merge_parts(  # type: ignore[no-untyped-def]
     group: tl.constexpr, head_dim: tl.constexpr, lanes: tl.constexpr, stride_part: tl.constexpr,
     group_lanes: tl.constexpr, merged_parts: tl.constexpr,
 ):  # fmt: skip
-    """Merge the partial results of one token's query heads, a few parts at a time."""
+    """Merge the partial results of one token's query heads, a few parts at a time.
+
+    Returns:
+        Sums of weighted values ``[group_lanes, lanes]``, sums of weights and highest scores ``[group_lanes]``.
+    """
     member = tl.arange(0, group_lanes)
     highest = tl.full((group_lanes,), -1e30, tl.float32)
     total = tl.zeros((group_lanes,), tl.float32)
@@ -50,4 +54,4 @@ def merge_parts(  # type: ignore[no-untyped-def]
         total = total * shrink + tl.sum(share, axis=1)
         merged = merged * shrink[:, None] + tl.sum(values * share[:, :, None], axis=1)
         highest = new_highest
-    return merged / total[:, None]
+    return merged, total, highest

@@ -31,14 +31,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.attention.base import Attention, HeadTransform, has_unusual_scores
+from hbserve.attention.base import Attention, HeadTransform, ScoreRules
 from hbserve.attention.decode_pieces import MAX_SMALL_BATCH_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
 from hbserve.attention.decode_tiles import in_registers, merge_parts
 from hbserve.attention.fp8_direct import TILE_TOKENS, attend_directly
 from hbserve.attention.row_decode import RowDecode
 from hbserve.float8 import FP8
 from hbserve.kv_cache.layout import KVLayout
-from hbserve.model_spec import ModelSpec
 from hbserve.platform.cuda_driver import overlaps
 
 _MIN_QUERY_ROWS = 16
@@ -50,22 +49,37 @@ pieces of a sequence to merge, and not so many programs that their registers cou
 
 
 @triton.jit
-def _scores(query, key, token, row_end):  # type: ignore[no-untyped-def]
+def soft_capped(score, cap):  # type: ignore[no-untyped-def]
+    """Return ``cap * tanh(score / cap)`` times log2(e)."""
+    return cap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp(score * (2.0 / cap)) + 1.0))
+
+
+@triton.jit
+def _scores(  # type: ignore[no-untyped-def]
+    query, key, token, row_begin, row_end, cap, has_window: tl.constexpr, has_cap: tl.constexpr
+):
     """Multiply queries by keys; those that a row does not see get the lowest score."""
-    return tl.where(token[None, :] < row_end[:, None], tl.dot(query, tl.trans(key)), -1e30)
+    score = tl.dot(query, tl.trans(key))
+    if has_cap:
+        score = soft_capped(score, cap)
+    is_seen = token[None, :] < row_end[:, None]
+    if has_window:
+        is_seen &= token[None, :] >= row_begin[:, None]
+    return tl.where(is_seen, score, -1e30)
 
 
 @triton.jit
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q, cache, kv_scales,
+    q, cache, kv_scales, sinks,
     pieces, first_piece, first_row, indptr, indices, positions, num_stored, chunk_len,  # `DecodeInputs`
     out, partial, partial_lse, counters,  # written
     stride_block, stride_kv, stride_token,  # of the cache
-    scale,
+    scale, cap, window,
     group: tl.constexpr, query_rows: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     lanes: tl.constexpr, page: tl.constexpr, block: tl.constexpr, max_splits: tl.constexpr,
     group_lanes: tl.constexpr, merged_parts: tl.constexpr, stages: tl.constexpr,
-    early: tl.constexpr, is_fp8: tl.constexpr, is_direct: tl.constexpr, overlap: tl.constexpr,
+    early: tl.constexpr, is_fp8: tl.constexpr, is_direct: tl.constexpr,
+    has_window: tl.constexpr, has_cap: tl.constexpr, has_sinks: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     # float16 has all values of FP8, and one instruction converts two of them
@@ -89,6 +103,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     if start >= length:  # the host does not know how long the run is: see hbserve.engine.rounds
         return
     end = tl.minimum(start + chunk, length)
+    begin, first_split = start, 0
+    if has_window:  # the run's first row sees most tokens before it
+        first_seen = tl.maximum(tl.load(positions + row) + 1 - window, 0).to(tl.int32)
+        first_split = first_seen // chunk
+        if split < first_split:
+            return
+        begin = tl.maximum(start, first_seen // block * block)
     member = tl.arange(0, query_rows)  # tokens times query heads of the KV head
     lane = tl.arange(0, lanes)
     token_of_member = member // group_lanes
@@ -98,11 +119,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     heads = (row + token_of_member) * num_kv_heads * group + head * group + member % group_lanes
     # a token sees those before it and itself
     row_end = (tl.load(positions + row + token_of_member, mask=is_used, other=0) + 1).to(tl.int32)
+    row_begin = row_end - window
     row_end = tl.minimum(row_end, end)
     keys = cache + head * head_dim
     stored = tl.load(num_stored + row)
     if early:  # load the piece's first block before the wait, without the tokens of this step
-        token = start + tl.arange(0, block)
+        token = begin + tl.arange(0, block)
         page_id = tl.load(indices + first_page + token // page, mask=token < end, other=0).to(tl.int64)
         offset = page_id * stride_block + (token % page) * stride_token
         mask = (token < tl.minimum(end, stored))[:, None] & in_head
@@ -114,11 +136,11 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     query = tl.load(q + heads[:, None] * head_dim + lane[None, :], mask=in_group & in_head, other=0.0)
     # Softmax in base 2, because exp2 is one instruction: the scale includes log2(e). It includes that of keys, too:
     # a query that becomes subnormal in float16 is off by 2^-25, which keys of up to 448 make 10^-4 of a score.
-    query = (query.to(tl.float32) * (scale * 1.4426950408889634 * key_scale)).to(operand)
+    log2_e: tl.constexpr = 1.0 if has_cap else 1.4426950408889634
+    query = (query.to(tl.float32) * (scale * log2_e * key_scale)).to(operand)
     highest = tl.full((query_rows,), -1e30, tl.float32)
     total = tl.zeros((query_rows,), tl.float32)
     weighted = tl.zeros((query_rows, lanes), tl.float32)
-    begin = start
     if early:
         is_newest = (token >= stored) & (token < end)
         mask = is_newest[:, None] & in_head
@@ -126,7 +148,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         new_value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
         key = tl.where(is_newest[:, None], new_key.to(operand), early_key.to(operand))
         value = tl.where(is_newest[:, None], in_registers(new_value, operand), in_registers(early_value, operand))
-        score = _scores(query, key, token, row_end)
+        score = _scores(query, key, token, row_begin, row_end, cap, has_window, has_cap)
         highest = tl.max(score, axis=1)
         weight = tl.exp2(score - highest[:, None])
         total = tl.sum(weight, axis=1)
@@ -148,17 +170,23 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             key = tl.load(keys + offset[:, None] + lane[None, :], mask=mask, other=0.0).to(operand)
             value = tl.load(keys + stride_kv + offset[:, None] + lane[None, :], mask=mask, other=0.0)
             value = in_registers(value, operand)
-            score = _scores(query, key, token, row_end)
+            score = _scores(query, key, token, row_begin, row_end, cap, has_window, has_cap)
             new_highest = tl.maximum(highest, tl.max(score, axis=1))
             shrink = tl.exp2(highest - new_highest)
             weight = tl.exp2(score - new_highest[:, None])
             total = total * shrink + tl.sum(weight, axis=1)
             weighted = weighted * shrink[:, None] + tl.dot(weight.to(operand), value)
             highest = new_highest
-    result = weighted / total[:, None]
+    num_parts = (length + chunk - 1) // chunk - first_split
+    denominator = total
+    if has_sinks:  # of the whole row, so it counts once
+        sink = tl.load(sinks + head * group + member % group_lanes, mask=is_used, other=0.0) * 1.4426950408889634
+        if num_parts == 1:
+            denominator += tl.exp2(sink - highest)
+    result = weighted / denominator[:, None]
     if is_fp8:
         result *= tl.load(kv_scales + num_kv_heads + head)
-    if length <= chunk:
+    if num_parts == 1:
         target = out + heads[:, None] * head_dim + lane[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=in_group & in_head)
     else:
@@ -168,16 +196,20 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         tl.store(partial_lse + piece_row, highest + tl.log2(total), mask=is_used)
         tl.debug_barrier()  # all stores of the program come before its count
         counter = counters + run * num_kv_heads + head
-        num_parts = (length + chunk - 1) // chunk
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
             tl.store(counter, 0)  # for the next layer
             for token_index in tl.range(0, num_tokens, num_stages=1):
-                first_parts = (first_part * num_kv_heads + head) * query_rows + token_index * group_lanes
-                merged = merge_parts(
+                first_parts = ((first_part + first_split) * num_kv_heads + head) * query_rows
+                first_parts += token_index * group_lanes
+                merged, merged_total, merged_highest = merge_parts(
                     partial, partial_lse, first_parts, num_parts, lane, in_head,
                     group, head_dim, lanes, num_kv_heads * query_rows, group_lanes, merged_parts,
                 )  # fmt: skip
                 merge_member = tl.arange(0, group_lanes)
+                if has_sinks:
+                    row_sinks = tl.load(sinks + head * group + merge_member, mask=merge_member < group, other=0.0)
+                    merged_total += tl.exp2(row_sinks * 1.4426950408889634 - merged_highest)
+                merged /= merged_total[:, None]
                 merged_heads = (row + token_index) * num_kv_heads * group + head * group + merge_member
                 tl.store(
                     out + merged_heads[:, None] * head_dim + lane[None, :],
@@ -219,15 +251,23 @@ class PagedDecode(Attention):
     Args:
         layout, kv_cache, kv_scales: see `Attention`.
         num_heads: query heads of this rank.
+        rules: of the model's scores.
 
     Attributes:
         max_run_rows: maximum number of rows of a run.
     """
 
     def __init__(
-        self, layout: KVLayout, kv_cache: Tensor, num_heads: int, max_rows: int, kv_scales: Tensor | None = None
+        self,
+        layout: KVLayout,
+        kv_cache: Tensor,
+        num_heads: int,
+        max_rows: int,
+        kv_scales: Tensor | None = None,
+        rules: ScoreRules | None = None,
     ) -> None:
         super().__init__(layout, kv_cache, kv_scales)
+        self._rules = rules or ScoreRules()
         self._group = num_heads // layout.num_kv_heads
         self._group_lanes = triton.next_power_of_2(self._group)
         self._query_rows = max(_MIN_QUERY_ROWS, self._group_lanes)
@@ -239,17 +279,16 @@ class PagedDecode(Attention):
         self._inputs: DecodeInputs | None = None
         self._cutters: dict[int, PieceCutter] = {}  # by number of rows: a step has no time to make one
         # Queries and keys of a cache in FP8 are mixed before they are stored, by another kernel.
-        self._row = RowDecode(kv_cache, num_heads, self._counters) if self.kv_scales is None else None
+        has_row_kernel = self.kv_scales is None and self._rules.are_usual
+        self._row = RowDecode(kv_cache, num_heads, self._counters) if has_row_kernel else None
 
     @staticmethod
-    def supports(spec: ModelSpec, layout: KVLayout) -> str | None:
-        """Return None, or the reason why the kernel cannot serve that model."""
+    def supports(layout: KVLayout) -> str | None:
+        """Return None, or the reason why the kernel cannot serve a model with that layout."""
         if layout.dtype not in (torch.bfloat16, torch.float16, FP8):
             return f"has no kernel for {layout.dtype}"
-        if any(window is not None for window in spec.sliding_windows):
-            return "has no kernel for sliding windows"
-        if has_unusual_scores(spec):
-            return "has no kernel for a factor, a soft cap or sinks of attention scores"
+        if layout.head_dim > 256:
+            return f"has no kernel for head size {layout.head_dim}, only up to 256"
         return None
 
     def begin(self, inputs: DecodeInputs) -> None:
@@ -296,16 +335,20 @@ class PagedDecode(Attention):
         shape = self._launch_shape(num_rows)
         is_small = num_rows * num_kv_heads <= MAX_SMALL_BATCH_PROGRAMS
         merged_values = _MERGED_VALUES_OF_SMALL_BATCH if is_small else _MERGED_VALUES
+        rules = self._rules
+        window, scale = rules.window(layer), head_dim**-0.5 if rules.scale is None else rules.scale
         kernel: Any = _decode_kernel
         kernel[(num_kv_heads, capacity)](
             q, cache, partial_lse if self.kv_scales is None else self.kv_scales[layer],
+            partial_lse if rules.sinks is None else rules.sinks[layer],
             inputs.pieces, inputs.first_piece, inputs.first_row, inputs.indptr, inputs.indices, inputs.positions,
             inputs.num_stored, inputs.chunk_len,
-            out, partial, partial_lse, self._counters, *cache.stride()[:3], head_dim**-0.5,
+            out, partial, partial_lse, self._counters, *cache.stride()[:3], scale, rules.cap or 0.0, window or 0,
             self._group, self._query_rows, num_kv_heads, head_dim,
             lanes, self.layout.block_size, shape.block, MAX_SPLITS,
             group_lanes, max(1, merged_values * shape.num_warps // (group_lanes * lanes)), shape.stages,
-            is_small, self.kv_scales is not None, shape.is_direct, self._overlap,
+            is_small, self.kv_scales is not None, shape.is_direct,
+            window is not None, rules.cap is not None, rules.sinks is not None, self._overlap,
             num_warps=shape.num_warps, launch_pdl=self._overlap,
         )  # fmt: skip
 
@@ -319,6 +362,7 @@ class PagedDecode(Attention):
         layout, programs = self.layout, num_rows * self.layout.num_kv_heads
         is_direct = (
             layout.dtype == FP8
+            and self._rules.are_usual
             and layout.head_dim in (64, 128)
             and layout.block_size % TILE_TOKENS == 0
             and self._query_rows == _MIN_QUERY_ROWS

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hbserve.attention.base import ScoreRules
+from hbserve.attention.paged_decode import soft_capped
 from hbserve.kv_cache.layout import KVLayout
 
 TILE_ROWS = 128
@@ -27,7 +29,8 @@ _BLOCK_KEYS = 64
 @triton.jit
 def _attend_block(  # type: ignore[no-untyped-def]
     query, keys, indices, positions, at, end, highest, total, weighted, stride_block, stride_kv, stride_token,
-    key_scale, lane, in_head, page: tl.constexpr, block: tl.constexpr, is_masked: tl.constexpr, is_fp8: tl.constexpr,
+    key_scale, cap, window, lane, in_head, page: tl.constexpr, block: tl.constexpr, is_masked: tl.constexpr,
+    is_fp8: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr,
 ):  # fmt: skip
     """Attend to a block of keys from position ``at``, of which those from ``end`` on do not exist."""
     token = at + tl.arange(0, block)
@@ -39,8 +42,13 @@ def _attend_block(  # type: ignore[no-untyped-def]
     score = tl.dot(query, tl.trans(key))
     if is_fp8:
         score *= key_scale
+    if has_cap:
+        score = soft_capped(score, cap)
     if is_masked:
-        score = tl.where((token[None, :] <= positions[:, None]) & exists[None, :], score, -1e30)
+        is_seen = (token[None, :] <= positions[:, None]) & exists[None, :]
+        if has_window:
+            is_seen &= token[None, :] > positions[:, None] - window
+        score = tl.where(is_seen, score, -1e30)
     new_highest = tl.maximum(highest, tl.max(score, axis=1))
     shrink = tl.exp2(highest - new_highest)
     weight = tl.exp2(score - new_highest[:, None])
@@ -52,11 +60,11 @@ def _attend_block(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _prefill_kernel(  # type: ignore[no-untyped-def]
-    q, cache, kv_scales, out, tiles, first_query, first_position, indptr, indices,
-    stride_block, stride_kv, stride_token, scale,
+    q, cache, kv_scales, sinks, out, tiles, first_query, first_position, indptr, indices,
+    stride_block, stride_kv, stride_token, scale, cap, window,
     group: tl.constexpr, group_lanes: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
     lanes: tl.constexpr, page: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
-    is_fp8: tl.constexpr,
+    is_fp8: tl.constexpr, has_window: tl.constexpr, has_cap: tl.constexpr, has_sinks: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     # float16 has all values of FP8, and one instruction converts two of them
@@ -74,7 +82,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     in_head = lane[None, :] < head_dim
     places = ((begin + token).to(tl.int64) * num_kv_heads + head) * group + member
     query = tl.load(q + places[:, None] * head_dim + lane[None, :], mask=is_used[:, None] & in_head, other=0.0)
-    query = (query.to(tl.float32) * (scale * 1.4426950408889634)).to(operand)
+    log2_e: tl.constexpr = 1.0 if has_cap else 1.4426950408889634
+    query = (query.to(tl.float32) * (scale * log2_e)).to(operand)
     key_scale = tl.load(kv_scales + head) if is_fp8 else 1.0
     keys = cache + head * head_dim
     pages = indices + tl.load(indptr + sequence)
@@ -84,16 +93,31 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     # All rows see the keys before the first token's; whole blocks of those need no mask.
     end = tl.minimum(start + first + rows // group_lanes, start + num_queries)
     unmasked = (start + first) // block * block
-    for at in tl.range(0, unmasked, block, num_stages=stages):
+    lowest = 0
+    if has_window:  # the last row's window begins last: whole blocks behind that need no mask for the window
+        last_begin = tl.maximum(end - window, 0)
+        lowest = tl.minimum(tl.cdiv(last_begin, block) * block, unmasked)
+        for at in tl.range(tl.maximum(start + first + 1 - window, 0) // block * block, lowest, block, num_stages=1):
+            highest, total, weighted = _attend_block(
+                query, keys, pages, positions, at, end, highest, total, weighted,
+                stride_block, stride_kv, stride_token, key_scale, cap, window, lane, in_head, page, block, True,
+                is_fp8, has_window, has_cap,
+            )  # fmt: skip
+    for at in tl.range(lowest, unmasked, block, num_stages=stages):
         highest, total, weighted = _attend_block(
             query, keys, pages, positions, at, end, highest, total, weighted,
-            stride_block, stride_kv, stride_token, key_scale, lane, in_head, page, block, False, is_fp8,
+            stride_block, stride_kv, stride_token, key_scale, cap, window, lane, in_head, page, block, False,
+            is_fp8, has_window, has_cap,
         )  # fmt: skip
     for at in tl.range(unmasked, end, block, num_stages=1):
         highest, total, weighted = _attend_block(
             query, keys, pages, positions, at, end, highest, total, weighted,
-            stride_block, stride_kv, stride_token, key_scale, lane, in_head, page, block, True, is_fp8,
+            stride_block, stride_kv, stride_token, key_scale, cap, window, lane, in_head, page, block, True,
+            is_fp8, has_window, has_cap,
         )  # fmt: skip
+    if has_sinks:
+        sink = tl.load(sinks + head * group + member, mask=member < group, other=0.0) * 1.4426950408889634
+        total += tl.exp2(sink - highest)
     result = weighted / total[:, None]
     if is_fp8:
         result *= tl.load(kv_scales + num_kv_heads + head)
@@ -132,7 +156,14 @@ def cut_tiles(
 
 
 def attend_chunks(
-    q: Tensor, cache: Tensor, kv_scales: Tensor | None, inputs: PrefillInputs, layout: KVLayout, out: Tensor
+    layer: int,
+    q: Tensor,
+    cache: Tensor,
+    kv_scales: Tensor | None,
+    inputs: PrefillInputs,
+    layout: KVLayout,
+    rules: ScoreRules,
+    out: Tensor,
 ) -> None:
     """Let each token of the chunks attend to its sequence up to itself.
 
@@ -140,18 +171,21 @@ def attend_chunks(
         q, out: contiguous ``[tokens, heads, head_dim]``.
         cache: one layer, ``[block, k/v, token, kv head, head_dim]``, strided in its first dimension.
         kv_scales: float32 ``[k/v, kv heads]`` of a cache in FP8.
+        rules: of the model's scores.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = layout.num_kv_heads
     group = num_heads // num_kv_heads
     lanes = max(16, triton.next_power_of_2(head_dim))
+    window, scale = rules.window(layer), head_dim**-0.5 if rules.scale is None else rules.scale
     kernel: Any = _prefill_kernel
     kernel[(num_kv_heads, len(inputs.tiles))](
-        q, cache, q if kv_scales is None else kv_scales, out,
+        q, cache, q if kv_scales is None else kv_scales, q if rules.sinks is None else rules.sinks[layer], out,
         inputs.tiles, inputs.first_query, inputs.first_position, inputs.indptr, inputs.indices,
-        *cache.stride()[:3], head_dim**-0.5,
+        *cache.stride()[:3], scale, rules.cap or 0.0, window or 0,
         group, _group_lanes(group), num_kv_heads, head_dim, lanes, layout.block_size,
         TILE_ROWS, _BLOCK_KEYS if lanes <= 128 else _BLOCK_KEYS // 2, 3 if lanes <= 128 else 2, kv_scales is not None,
+        window is not None, rules.cap is not None, rules.sinks is not None,
         num_warps=8,
     )  # fmt: skip
 

@@ -164,12 +164,13 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()  # all stores of the program come before its count
         if tl.atomic_add(counters + head, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
             tl.store(counters + head, 0)  # for the next layer
-            merged = merge_parts(
+            merged, merged_total, _ = merge_parts(
                 partial, partial_lse, head * query_rows, num_parts, tl.arange(0, lanes), in_head,
                 group, head_dim, lanes, num_kv_heads * query_rows, group_lanes, merged_parts,
             )  # fmt: skip
             merged_member = tl.arange(0, group_lanes)
             target = out + (head * group + merged_member)[:, None] * head_dim + lane
+            merged /= merged_total[:, None]
             tl.store(target, merged.to(out.dtype.element_ty), mask=(merged_member < group)[:, None] & in_head)
 
 

@@ -84,6 +84,9 @@ class SdpaBackend(AttentionBackend):
         self._plans = {window: self._plan(batch, tables, window) for window in set(self.spec.sliding_windows)}
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if self._has_store_kernel:
+            super().store(layer, k, v)
+            return
         key_row = layer * 2 * self.layout.block_size
         k, v = self.cells_of(layer, k, v)
         self._cache_rows.index_copy_(0, self._slot_rows + key_row, k.flatten(1))

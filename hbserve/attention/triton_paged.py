@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hbserve.attention.base import AttentionBackend, AttentionBatch, PageTables, has_unusual_scores
+from hbserve.attention.base import AttentionBackend, AttentionBatch, PageTables, ScoreRules
 from hbserve.attention.flashinfer import FlashInferBackend
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
@@ -41,13 +41,14 @@ class TritonBackend(AttentionBackend):
         sinks: Tensor | None = None,
     ) -> None:
         super().__init__(spec, layout, kv_cache, platform, tp_size, kv_scales, sinks)
+        self._rules = ScoreRules.of(spec, self.sinks)
         self._decode: PagedDecode | None = None
         self._max_decode_rows = 0
         self._num_decode_rows = 0
         self._chunks: PrefillInputs | None = None
         self._is_widened = False
         self._widened: WidenedPrefill | None = None
-        if self.kv_scales is not None and FlashInferBackend.supports_heads(spec.head_dim):
+        if self.kv_scales is not None and self._rules.are_usual and FlashInferBackend.supports_heads(spec.head_dim):
             from hbserve.attention.widened_prefill import WidenedPrefill
 
             self._widened = WidenedPrefill(spec, layout, platform, tp_size)
@@ -61,10 +62,6 @@ class TritonBackend(AttentionBackend):
             return "is not installed (pip install triton)"
         if dtype not in (torch.bfloat16, torch.float16):
             return f"has no kernels for {dtype}"
-        if any(window is not None for window in spec.sliding_windows):
-            return "has no kernels for sliding windows"
-        if has_unusual_scores(spec):
-            return "has no kernels for a factor, a soft cap or sinks of attention scores"
         if spec.head_dim > 256:
             return f"has no kernels for head size {spec.head_dim}, only up to 256"
         return None
@@ -93,7 +90,7 @@ class TritonBackend(AttentionBackend):
         if self._decode is None or num_rows > self._max_decode_rows:
             self._max_decode_rows = max(num_rows, 2 * self._max_decode_rows)
             self._decode = PagedDecode(
-                self.layout, self.kv_cache, self.num_heads, self._max_decode_rows, self.kv_scales
+                self.layout, self.kv_cache, self.num_heads, self._max_decode_rows, self.kv_scales, self._rules
             )
         lens = batch.context_lens[:num_rows]
         cut = self._decode.cut(lens)
@@ -139,7 +136,7 @@ class TritonBackend(AttentionBackend):
             from hbserve.attention.paged_prefill import attend_chunks
 
             scales = None if self.kv_scales is None else self.kv_scales[layer]
-            attend_chunks(q, self.kv_cache[:, layer], scales, self._chunks, self.layout, out)
+            attend_chunks(layer, q, self.kv_cache[:, layer], scales, self._chunks, self.layout, self._rules, out)
 
     def _on_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
         host = torch.from_numpy(np.ascontiguousarray(array))

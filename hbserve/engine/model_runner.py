@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hbserve.attention import select_attention_backend
+from hbserve.attention.base import ScoreRules
 from hbserve.config import Config, InstanceConfig, InstanceRole
 from hbserve.engine.arenas import ArenaAttachment, attach_arenas, check_fp8, dtype_of, make_arenas
 from hbserve.engine.batch import build_batch
@@ -190,10 +191,10 @@ class ModelRunner:
         from hbserve.engine.decode_graphs import DecodeGraphs
         from hbserve.engine.prefill_graphs import PrefillGraphs
 
-        if self.spec.unfused_features:  # their padded rows are not stored only by the fused kernels
-            logger.warning("no CUDA graphs: the layers have no fused kernels; decode steps are slower")
+        if not self._decoder.can_be_captured:
+            logger.warning("no CUDA graphs: there are no kernels for such experts; decode steps are slower")
             return
-        reason = PagedDecode.supports(self.spec, self.layout)
+        reason = PagedDecode.supports(self.layout)
         if reason is not None:
             logger.warning("no CUDA graphs: the attention that can be captured %s; decode steps are slower", reason)
             return
@@ -201,9 +202,9 @@ class ModelRunner:
             self._graph_pool = torch.cuda.graph_pool_handle()
         if role.decodes and self._graphs is None:
             heads = self.spec.num_heads // self.parallel.size
-            attention = PagedDecode(
-                self.layout, self._attention.kv_cache, heads, self._table.max_num_seqs, self._attention.kv_scales
-            )
+            cache, scales = self._attention.kv_cache, self._attention.kv_scales
+            rules = ScoreRules.of(self.spec, self._attention.sinks)
+            attention = PagedDecode(self.layout, cache, heads, self._table.max_num_seqs, scales, rules)
             max_seq_len, defers = config.cuda_graph.max_seq_len, self._defers_graphs
             self._graphs = DecodeGraphs(self._decoder, attention, self._table, max_seq_len, defers)
             self._graph_pool = self._graphs.pool

@@ -23,8 +23,11 @@ from hbserve.layers.expert_routing import Choice, Groups, choose, group_pairs, m
 from hbserve.layers.expert_rows import Norm, activate, mix_row, scales_of
 from hbserve.layers.experts import ExpertWeights, router_logits
 from hbserve.layers.many_experts import ChainedTiles, ScaledTiles, mix_pairs_chained, mix_pairs_scaled
-from hbserve.model_families.declaration import Experts
+from hbserve.model_families.declaration import Activation, Experts
 from hbserve.platform.cuda_driver import overlaps
+
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "clamped_swiglu")
+"""Those that the kernels compute."""
 
 _SLICE_TOKENS = 8192
 """Tokens that are computed at a time: enough for full speed, and a bound of the memory for rows of pairs."""
@@ -67,6 +70,8 @@ def _tiles(
     if dtype == torch.float32:
         return _FLOAT32
     mean = num_pairs / experts.num_experts  # over all experts, since other ranks have their share of the pairs
+    if weights.up_bias is not None:  # only these kernels add biases
+        return next((tiles for pairs, tiles in _TILES if mean <= pairs), _TILES[-1][1])
     if weights.up_scale is None or mean <= _MAX_FEW_PAIRS:
         return next((tiles for pairs, tiles in _TILES if mean <= pairs), _MANY_PAIRS)
     min_in_rows, in_rows = _MANY_IN_ROWS
@@ -91,10 +96,21 @@ def _add_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _clamped_swiglu(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Compute gpt-oss's activation, with the roundings of `hbserve.layers.activations`."""
+    gate = tl.minimum(gate.to(dtype).to(tl.float32), 7.0)
+    up = tl.minimum(tl.maximum(up.to(dtype).to(tl.float32), -7.0), 7.0)
+    exponent = (gate * 1.702).to(dtype).to(tl.float32)
+    share = (1.0 / (1.0 + tl.exp(-exponent))).to(dtype).to(tl.float32)
+    return (up + 1.0).to(dtype) * (gate * share).to(dtype)
+
+
+@triton.jit
 def _grouped_up_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
+    x, weight, scale, bias, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, precision: tl.constexpr, overlap: tl.constexpr,
+    num_scales: tl.constexpr, precision: tl.constexpr, has_bias: tl.constexpr, is_clamped: tl.constexpr,
+    overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -130,15 +146,21 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
             gate *= tl.load(scale + gate_row // scale_rows, mask=in_columns, other=0.0)[None, :]
             up *= tl.load(scale + up_row // scale_rows, mask=in_columns, other=0.0)[None, :]
         target = out + pair.to(tl.int64)[:, None] * num_columns + column[None, :]
-        activated = activate(gate, up, out.dtype.element_ty)
+        if has_bias:
+            gate += tl.load(bias + gate_row, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias + up_row, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        if is_clamped:
+            activated = _clamped_swiglu(gate, up, out.dtype.element_ty)
+        else:
+            activated = activate(gate, up, out.dtype.element_ty)
         tl.store(target, activated, mask=in_rows[:, None] & in_columns[None, :])
 
 
 @triton.jit
 def _grouped_down_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
+    x, weight, scale, bias, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, precision: tl.constexpr, overlap: tl.constexpr,
+    num_scales: tl.constexpr, precision: tl.constexpr, has_bias: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -165,6 +187,8 @@ def _grouped_down_kernel(  # type: ignore[no-untyped-def]
             )
         if num_scales == 1:
             total *= tl.load(scale + matrix_row // scale_rows, mask=in_columns, other=0.0)[None, :]
+        if has_bias:
+            total += tl.load(bias + matrix_row, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         total *= tl.load(weights + pair, mask=in_rows, other=0.0).to(tl.float32)[:, None]
         target = out + pair[:, None] * num_columns + column[None, :]
         tl.store(target, total.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
@@ -196,10 +220,14 @@ class GroupedExperts:
     Args:
         local: first and number of this rank's experts.
         totals: int64 ``[layers, experts]``; the tokens of each expert of any rank are added.
+        activation: one of `ACTIVATIONS`.
     """
 
-    def __init__(self, experts: Experts, local: tuple[int, int], totals: Tensor) -> None:
+    def __init__(
+        self, experts: Experts, local: tuple[int, int], totals: Tensor, activation: Activation = "silu"
+    ) -> None:
         self._experts, self._local, self._totals = experts, local, totals
+        self._is_clamped = activation == "clamped_swiglu"
         self._counts = torch.zeros(local[1], dtype=torch.int32, device=totals.device)  # zero between two layers
         self._counter = torch.zeros(1, dtype=torch.int32, device=totals.device)  # likewise
 
@@ -238,7 +266,7 @@ class GroupedExperts:
         norm: Norm | None,
     ) -> None:
         totals = self._totals[layer]
-        if x.shape[0] == 1:
+        if x.shape[0] == 1 and weights.up_bias is None and not self._is_clamped:
             mix_row(x, norm, weights, self._experts, self._local, slots, totals, self._counter, out, is_added)
             return
         assert not is_added, "only the kernels for one token add their result"
@@ -282,13 +310,16 @@ class GroupedExperts:
         options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "launch_pdl": overlap}
         num_blocks = triton.cdiv(inner, tiles.columns // 2)
         _grouped_up_kernel[(len(groups.tile_experts) * num_blocks,)](
-            x, weights.up, up.scale, *groups, pairs, inner, num_chosen, num_blocks, hidden, tiles.rows,
-            tiles.columns // 2, tiles.step, up.block_rows, up.num_scales, precision, overlap, **options,
+            x, weights.up, up.scale, weights.up if weights.up_bias is None else weights.up_bias, *groups, pairs, inner,
+            num_chosen, num_blocks, hidden, tiles.rows, tiles.columns // 2, tiles.step, up.block_rows, up.num_scales,
+            precision, weights.up_bias is not None, self._is_clamped, overlap, **options,
         )  # fmt: skip
         num_blocks = triton.cdiv(hidden, tiles.columns)
         _grouped_down_kernel[(len(groups.tile_experts) * num_blocks,)](
-            pairs, weights.down, down.scale, *groups, choice.weights, memory.rows, hidden, num_blocks, inner,
-            tiles.rows, tiles.columns, tiles.step, down.block_rows, down.num_scales, precision, overlap, **options,
+            pairs, weights.down, down.scale, pairs if weights.down_bias is None else weights.down_bias, *groups,
+            choice.weights, memory.rows, hidden, num_blocks, inner,
+            tiles.rows, tiles.columns, tiles.step, down.block_rows, down.num_scales, precision,
+            weights.down_bias is not None, overlap, **options,
         )  # fmt: skip
 
 

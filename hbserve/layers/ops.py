@@ -85,6 +85,11 @@ class LayerOps:
         # that kernel knows only one kind of norm, and adds the sum as it is
         self._sum_and_norm = None if spec.unfused_features else parallel.sum_and_norm
 
+    @property
+    def has_expert_kernels(self) -> bool:
+        """Whether experts are computed by kernels; False also where there are no experts."""
+        return self._grouped_experts is not None
+
     def _add_then_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Add ``x`` to ``residual`` in place and return the norm of the sum."""
         return self._norm(residual.add_(x), weight, eps)
@@ -312,11 +317,11 @@ def _group_experts(spec: ModelSpec, parallel: TensorParallel, totals: Tensor | N
     experts = spec.experts
     if experts is None or totals is None or not has_triton(totals.device):
         return None
-    if spec.activation != "silu":
-        return None
-    from hbserve.layers.grouped_experts import GroupedExperts
+    from hbserve.layers.grouped_experts import ACTIVATIONS, GroupedExperts
 
-    return GroupedExperts(experts, parallel.local_experts(experts.num_experts), totals)
+    if spec.activation not in ACTIVATIONS:
+        return None
+    return GroupedExperts(experts, parallel.local_experts(experts.num_experts), totals, spec.activation)
 
 
 def has_triton(device: torch.device) -> bool:

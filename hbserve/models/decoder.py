@@ -138,6 +138,11 @@ class Decoder:
         return self.spec.experts is None and self.parallel.size == 1
 
     @property
+    def can_be_captured(self) -> bool:
+        """Whether no operation waits for the host, on a GPU with Triton: experts without kernels do."""
+        return self._ops.has_expert_kernels or self.spec.experts is None
+
+    @property
     def expert_totals(self) -> Tensor | None:
         """Tokens that each expert has computed: int64 ``[layers, experts]``; None: there are no experts."""
         return self._ops.expert_totals

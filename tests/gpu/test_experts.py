@@ -13,7 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 
-from hbserve.layers.activations import silu_and_mul  # noqa: E402
+from hbserve.layers.activations import make_activation, silu_and_mul  # noqa: E402
 from hbserve.layers.experts import ExpertWeights, choose_experts, mix_experts, router_logits  # noqa: E402
 from hbserve.layers.fp8 import quantise  # noqa: E402
 from hbserve.layers.grouped_experts import GroupedExperts  # noqa: E402
@@ -162,6 +162,28 @@ def test_experts(num_experts: int, num_chosen: int, router: str, num_tokens: int
     plain = mix_experts(x, weights, experts, silu_and_mul, totals[0])
     assert totals[0].sum().item() == num_tokens * num_chosen
     assert_close(plain, expected(x, weights, experts))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 37, 300, 1000])
+def test_experts_with_biases(num_tokens: int) -> None:
+    """Those of gpt-oss, with its activation; plain torch rounds where the kernels round."""
+    experts = mixture(32, 4)
+    plain = parameters(experts, 1.0)
+    biases = {
+        "logit_bias": random(32),
+        "up_bias": random(len(plain.up)),
+        "down_bias": random(len(plain.down)),
+    }
+    weights = dataclasses.replace(plain, up=plain.up * 4, **biases)  # the activation clamps some values
+    totals = totals_of(experts)
+    grouped = GroupedExperts(experts, (0, 32), totals, "clamped_swiglu")
+    x, out = random(num_tokens, HIDDEN), random(num_tokens, HIDDEN)
+    slots = torch.arange(num_tokens, device=DEVICE)
+    slots[2::5] = -1
+    target = mix_experts(x, weights, experts, make_activation("clamped_swiglu", True), totals[0]).float()
+    target[slots < 0] = 0
+    grouped.mix(1, x, weights, slots, out)
+    torch.testing.assert_close(out.float(), target, atol=0.02 * target.abs().max().item(), rtol=0.02)
 
 
 @pytest.mark.parametrize("has_blocks", [False, True])

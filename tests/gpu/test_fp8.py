@@ -129,13 +129,19 @@ def test_rows_are_quantised_after_norm_and_gate(size: int, kind: str) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page"), [(16, 8, 128, 16), (6, 2, 96, 32), (8, 1, 64, 8)])
 @pytest.mark.parametrize("dtype", [FP8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("chunk", [90, 300])  # long chunks over FP8 have other kernels
+@pytest.mark.parametrize("model", ["llama", "gpt_oss", "gemma2", "mistral"])  # usual; sinks; a cap, a factor; windows
 def test_triton_attention_equals_the_reference(
-    chunk: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, page: int, tmp_path: Path
+    model: str, chunk: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, page: int, tmp_path: Path
 ) -> None:
     """Decodes and chunks in one step, over blocks that lie anywhere; unwritten memory holds NaN."""
+    if model == "mistral":
+        window = {"sliding_window": 700}
+    else:
+        window = {} if model == "llama" else {"layer_types": ["full_attention", "sliding_attention"]}
     save_model(
         tmp_path,
-        "llama",
+        model,
+        **window,
         head_dim=head_dim,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -159,8 +165,9 @@ def test_triton_attention_equals_the_reference(
     arena = torch.full((num_blocks * layout.block_bytes,), 0xFF, dtype=torch.uint8, device="cuda")
     scales = torch.rand(2, 2, kv_heads, device="cuda") * 0.02 + 0.01 if dtype == FP8 else None
     platform = make_platform("cuda", gpu_id=0, num_threads=1, num_instances=1)
+    sinks = torch.randn(2 * heads, device="cuda") if spec.family.has_sinks else None
     ours, reference = (
-        backend(spec, layout, layout.view(arena, num_blocks), platform, kv_scales=scales)
+        backend(spec, layout, layout.view(arena, num_blocks), platform, kv_scales=scales, sinks=sinks)
         for backend in (TritonBackend, SdpaBackend)
     )
     for chosen, is_begun in ((np.concatenate(old_slots), False), (np.concatenate(slots), True)):
@@ -169,12 +176,14 @@ def test_triton_attention_equals_the_reference(
         if is_begun:
             ours.begin(batch)
             reference.begin(batch)
-        ours.store(1, random_rows(len(chosen), kv_heads, head_dim), random_rows(len(chosen), kv_heads, head_dim))
+        for layer in (0, 1):
+            k, v = (random_rows(len(chosen), kv_heads, head_dim) for _ in range(2))
+            ours.store(layer, k, v)
     q = random_rows(int(lens.sum()), heads, head_dim)
     out, expected = torch.empty_like(q), torch.empty_like(q)
-    reference.attend(1, q, expected)
-    for _ in range(2):  # the first call must leave the counters at zero
-        ours.attend(1, q, out)
+    for layer in (0, 1, 1):  # each call must leave the counters at zero
+        reference.attend(layer, q, expected)
+        ours.attend(layer, q, out)
         assert_close(out, expected)
 
 

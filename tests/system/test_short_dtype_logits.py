@@ -48,13 +48,27 @@ def test_logprobs_are_as_close_to_float32_as_those_of_transformers(options: dict
     sequences. Ours round as often and no more, in another order, so the two errors differ by chance alone.
     """
     shape = SHAPE | {"num_attention_heads": max(4, options.get("tensor_parallel_size", 1))}
-    save_model(tmp_path, "qwen3", dtype=torch.bfloat16, **shape)
+    _compare(tmp_path, "qwen3", shape, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", "gemma2", "gemma3", "mistral", "olmo2", "cohere2", "granite_swa", "qwen2_window"]
+)
+def test_logprobs_of_families_with_other_attention_or_norms(name: str, captured: bool, tmp_path: Path) -> None:
+    """Sliding windows, sinks, soft caps, factors of scores, and layers of plain torch operations."""
+    _compare(tmp_path, name, {}, {"device": "cuda", "cuda_graph_enabled": captured, "chunk_size": 48})
+
+
+def _compare(folder: Path, name: str, shape: dict[str, Any], options: dict[str, Any]) -> None:
+    save_model(folder, name, dtype=torch.bfloat16, **shape)
     prompts = [random_prompt(length, seed=length) for length in (1, 17, 48, 100, 300)]  # pages have up to 256 tokens
-    with LLM(str(tmp_path), mode="unified", dtype="bfloat16", max_model_len=512, log_level="ERROR", **options) as llm:
+    with LLM(str(folder), mode="unified", dtype="bfloat16", max_model_len=512, log_level="ERROR", **options) as llm:
         outputs = llm.generate(prompts, SAMPLING, use_tqdm=False)
         outputs += llm.generate(prompts, SAMPLING, use_tqdm=False)
         assert llm.get_system_stats()["cpu_scheduler"]["cached_prompt_tokens"] > 0
-    reference = make_model("qwen3", dtype=torch.bfloat16, **shape).to(options["device"])
+    reference = make_model(name, dtype=torch.bfloat16, **shape).to(options["device"])
     rounded = [_logprobs(reference, p, o) for p, o in zip(prompts * 2, outputs, strict=True)]
     reference.float()
     exact = [_logprobs(reference, p, o) for p, o in zip(prompts * 2, outputs, strict=True)]

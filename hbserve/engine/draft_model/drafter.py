@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from hbserve.attention import select_attention_backend
+from hbserve.attention.base import ScoreRules
 from hbserve.config import Config
 from hbserve.engine.batch import StepBatch, build_batch
 from hbserve.engine.draft_model.arenas import DraftArenas, draft_dtype
@@ -95,12 +96,13 @@ class ModelDrafter:
         from hbserve.engine.decode_graphs import DecodeGraphs
 
         spec = self._decoder.spec
-        reason = PagedDecode.supports(spec, self._layout)
-        if self._graphs is not None or spec.unfused_features or reason is not None:
+        can_be_captured = self._decoder.can_be_captured and PagedDecode.supports(self._layout) is None
+        if self._graphs is not None or not can_be_captured:
             return pool
         heads = spec.num_heads // self._decoder.parallel.size
         cache, scales = self._attention.kv_cache, self._attention.kv_scales
-        attention = PagedDecode(self._layout, cache, heads, self._table.max_num_seqs, scales)
+        rules = ScoreRules.of(spec)
+        attention = PagedDecode(self._layout, cache, heads, self._table.max_num_seqs, scales, rules)
         max_len = self._config.cuda_graph.max_seq_len
         self._graphs = DecodeGraphs(
             self._decoder, attention, self._table, max_len, defers=False, drafts=True, pool=pool, head=self._head
