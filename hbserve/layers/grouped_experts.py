@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.layers.expert_routing import Choice, Groups, choose, group_pairs, max_tiles
+from hbserve.layers.expert_routing import Choice, Groups, choose, max_tiles
 from hbserve.layers.expert_rows import Norm, activate, mix_row, scales_of
 from hbserve.layers.experts import ExpertWeights, router_logits
 from hbserve.layers.many_experts import ChainedTiles, ScaledTiles, mix_pairs_chained, mix_pairs_scaled
@@ -107,7 +107,7 @@ def _clamped_swiglu(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit
 def _grouped_up_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, bias, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
+    x, weight, scale, bias, pairs, tile_experts, tile_places, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
     num_scales: tl.constexpr, precision: tl.constexpr, has_bias: tl.constexpr, is_clamped: tl.constexpr,
     overlap: tl.constexpr,
@@ -119,7 +119,7 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     if tile < tl.load(num_tiles):
         expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tile * rows + tl.arange(0, rows)
+        row = tl.load(tile_places + tile) + tl.arange(0, rows)
         in_rows, in_columns = row < tl.load(ends + expert), column < num_columns
         pair = tl.load(pairs + row, mask=in_rows, other=0)
         lanes = tl.arange(0, step)
@@ -158,7 +158,7 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _grouped_down_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, bias, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
+    x, weight, scale, bias, pairs, tile_experts, tile_places, ends, num_tiles, weights, out, num_columns, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
     num_scales: tl.constexpr, precision: tl.constexpr, has_bias: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +169,7 @@ def _grouped_down_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     if tile < tl.load(num_tiles):
         expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tile * rows + tl.arange(0, rows)
+        row = tl.load(tile_places + tile) + tl.arange(0, rows)
         in_rows, in_columns = row < tl.load(ends + expert), column < num_columns
         pair = tl.load(pairs + row, mask=in_rows, other=0).to(tl.int64)
         lanes = tl.arange(0, step)
@@ -273,9 +273,10 @@ class GroupedExperts:
         assert norm is None, "only the kernels for one token compute a norm"
         logits = router_logits(x, weights, self._experts)
         memory = self._group_memory(x, weights)
-        # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
-        choice = choose(logits, weights.router_bias, self._experts, self._local, slots, totals, self._counts)
-        group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
+        choice = choose(
+            logits, weights.router_bias, self._experts, self._local, slots, totals, self._counts, self._counter,
+            memory.groups, memory.tiles.rows,
+        )  # fmt: skip
         if isinstance(memory.tiles, ChainedTiles):
             mix_pairs_chained(x, weights, choice, memory.groups, memory.tiles, memory.rows)
         elif isinstance(memory.tiles, ScaledTiles):
@@ -292,10 +293,9 @@ class GroupedExperts:
         num_pairs, num_experts = x.shape[0] * self._experts.num_chosen, self._local[1]
         tiles = _tiles(num_pairs, self._experts, x.dtype, weights)
         count = max_tiles(num_pairs, num_experts, tiles.rows)
-        sizes = (count * tiles.rows, count, num_experts, 1, num_experts)
-        *groups, starts = (torch.empty(size, dtype=torch.int32, device=x.device) for size in sizes)
-        rows = x.new_empty(num_pairs, x.shape[1])
-        return _GroupMemory(Groups(*groups), starts, tiles, rows)
+        sizes = (x.shape[0] * num_experts, count, count, num_experts, 1)
+        groups = Groups(*(torch.empty(size, dtype=torch.int32, device=x.device) for size in sizes))
+        return _GroupMemory(groups, tiles, x.new_empty(num_pairs, x.shape[1]))
 
     def _mix_pairs(
         self, x: Tensor, weights: ExpertWeights, choice: Choice, memory: _GroupMemory, tiles: _Tiles
@@ -327,6 +327,5 @@ class _GroupMemory(NamedTuple):
     """Memory of a grouped step. Attributes: rows: ``[pairs, hidden]``, the weighted outputs."""
 
     groups: Groups
-    starts: Tensor
     tiles: _Tiles | ScaledTiles | ChainedTiles
     rows: Tensor
