@@ -169,12 +169,13 @@ def test_experts_with_biases(num_tokens: int) -> None:
     """Those of gpt-oss, with its activation; plain torch rounds where the kernels round."""
     experts = mixture(32, 4)
     plain = parameters(experts, 1.0)
-    biases = {
-        "logit_bias": random(32),
-        "up_bias": random(len(plain.up)),
-        "down_bias": random(len(plain.down)),
-    }
-    weights = dataclasses.replace(plain, up=plain.up * 4, **biases)  # the activation clamps some values
+    weights = dataclasses.replace(
+        plain,
+        up=plain.up * 4,  # the activation clamps some values
+        logit_bias=random(32),
+        up_bias=random(len(plain.up)),
+        down_bias=random(len(plain.down)),
+    )
     totals = totals_of(experts)
     grouped = GroupedExperts(experts, (0, 32), totals, "clamped_swiglu")
     x, out = random(num_tokens, HIDDEN), random(num_tokens, HIDDEN)

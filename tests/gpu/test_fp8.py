@@ -134,14 +134,13 @@ def test_triton_attention_equals_the_reference(
     model: str, chunk: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, page: int, tmp_path: Path
 ) -> None:
     """Decodes and chunks in one step, over blocks that lie anywhere; unwritten memory holds NaN."""
-    if model == "mistral":
-        window = {"sliding_window": 700}
-    else:
-        window = {} if model == "llama" else {"layer_types": ["full_attention", "sliding_attention"]}
+    windows: dict[str, Any] = {"layer_types": ["full_attention", "sliding_attention"]}
+    if model in ("llama", "mistral"):
+        windows = {"sliding_window": 700} if model == "mistral" else {}
     save_model(
         tmp_path,
         model,
-        **window,
+        **windows,
         head_dim=head_dim,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
