@@ -124,19 +124,28 @@ class ModelSpec:
         """Names of what the fused kernels of a layer do not compute; empty: they compute the whole layer."""
         family = self.family
         features = {
-            f"norms of kind {family.norm}": family.norm != "rms",
+            f"norms of kind {family.norm}": family.norm not in ("rms", "olmo_rms"),  # they differ by a rounding
             "norms of a block's output": family.norms != LayerNorms(),
             "norms of whole projections": family.qk_norm == "projection",
             "norms after the rotary embedding": family.has_qk_norm_after_rope,
             "a feed-forward layer beside attention": family.is_parallel,
             "queries that grow with their positions": any(rope and rope.query_growth for rope in self.ropes),
-            f"the activation {self.activation}": self.activation != "silu",
+            f"the activation {self.activation}": self.activation != "silu" and not self._activates_only_experts,
             "a feed-forward layer without gate": not family.is_gated,
             "a factor of the residual": self.scales.residual != 1,
-            "rotary embeddings that differ by layer": len({*self.ropes} - {None}) > 1,
-            "layers without a rotary embedding": None in self.ropes,
         }
         return [name for name, is_used in features.items() if is_used]
+
+    @property
+    def _activates_only_experts(self) -> bool:
+        """Whether gpt-oss's activation is that of experts alone, whose kernels compute it."""
+        experts = self.experts
+        return (
+            self.activation == "clamped_swiglu"
+            and experts is not None
+            and all(experts.layers)
+            and not experts.shared_size
+        )
 
     @staticmethod
     def load(

@@ -16,6 +16,7 @@ from hbserve.layers.linear import Linear, LinearKernels, PlainLinear, Rows
 from hbserve.layers.one_row import one_row
 from hbserve.layers.ops import HeadNorms, LayerOps, ResidualStream
 from hbserve.layers.parallel import TensorParallel
+from hbserve.layers.rotary import identity_rotation
 from hbserve.model_spec import ModelSpec
 
 
@@ -51,9 +52,8 @@ class FusedOps(LayerOps):
     def __init__(self, spec: ModelSpec, device: torch.device, parallel: TensorParallel) -> None:
         assert not spec.unfused_features, f"the kernels do not compute {spec.unfused_features}"
         super().__init__(spec, device, parallel)
-        rotary = self.rotaries[0]
-        assert rotary is not None, "all layers have the same rotary embedding"
-        self._rotary = rotary
+        still = identity_rotation(spec.head_dim, device)
+        self._rotaries = [still if rotary is None else rotary for rotary in self.rotaries]
         self._norm_rotate_store, self._embed = fused.norm_rotate_store, fused.embed
         self._norm, self._add_norm_ = fused.rms_norm, fused.add_rms_norm_
         self._activate = fused.silu_and_mul
@@ -144,7 +144,8 @@ class FusedOps(LayerOps):
         experts = self._grouped_experts
         assert experts is not None, "experts without kernels are an unfused feature"
         shared_up, shared_down = weights.shared_up, weights.shared_down
-        if stream.total.shape[0] > 1 or self.parallel.size > 1 or weights.shared_gate is not None:
+        has_one_row_kernels = weights.shared_gate is None and weights.up_bias is None
+        if stream.total.shape[0] > 1 or self.parallel.size > 1 or not has_one_row_kernels:
             super().add_experts(stream, in_norm, weights, layer, slots)
         elif shared_up is not None and shared_down is not None:
             x = self.norm(stream, in_norm)
@@ -162,7 +163,7 @@ class FusedOps(LayerOps):
     ) -> None:
         cache, slots = attention.kv_cache[:, layer], attention.slot_mapping
         scales = None if attention.kv_scales is None else attention.kv_scales[layer]
-        self._norm_rotate_store(qkv, cache, norms, positions, slots, self._rotary, self.eps, out, scales)
+        self._norm_rotate_store(qkv, cache, norms, positions, slots, self._rotaries[layer], self.eps, out, scales)
 
     def attend(
         self,
@@ -178,7 +179,7 @@ class FusedOps(LayerOps):
         if not attention.transforms_heads:
             super().attend(qkv, norms, positions, attention, layer, q, out, on_stored)
             return
-        rotary = self._rotary
+        rotary = self._rotaries[layer]
         turn = rotary.inverse_frequencies, rotary.magnitude, rotary.rotated_dim, rotary.is_interleaved
         attention.attend_transformed(layer, qkv, HeadTransform(norms, self.eps, *turn), out)
         on_stored(layer)

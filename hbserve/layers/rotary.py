@@ -85,6 +85,13 @@ def num_mixed_pairs(head_dim: int) -> int:
     return head_dim // 2 if head_dim.bit_count() == 1 else 1
 
 
+def identity_rotation(head_dim: int, device: torch.device) -> RotaryEmbedding:
+    """Return a rotary embedding that turns nothing, for kernels of layers without one."""
+    rotary = RotaryEmbedding(RopeSpec(theta=1.0), head_dim, device)
+    rotary.inverse_frequencies.zero_()
+    return rotary
+
+
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn heads ``[tokens, heads, head_dim]`` by the angles of `RotaryEmbedding.angles`; same dtype."""
     first, second = heads.float().chunk(2, dim=-1)
