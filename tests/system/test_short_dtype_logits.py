@@ -54,7 +54,8 @@ def test_logprobs_are_as_close_to_float32_as_those_of_transformers(options: dict
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
 @pytest.mark.parametrize(
-    "name", ["gpt_oss", "gemma2", "gemma3", "mistral", "olmo2", "cohere2", "granite_swa", "qwen2_window"]
+    "name",
+    ["gpt_oss", "gemma2", "gemma3", "mistral", "olmo2", "cohere2", "granite_swa", "qwen2_window", "smollm3", "mellum"],
 )
 def test_logprobs_of_families_with_other_attention_or_norms(name: str, captured: bool, tmp_path: Path) -> None:
     """Sliding windows, sinks, soft caps, factors of scores, and layers of plain torch operations."""
