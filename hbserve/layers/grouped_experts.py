@@ -63,6 +63,8 @@ _MANY_IN_BLOCKS = (300, ScaledTiles(64, up=(4, 3), down=(4, 4))), (math.inf, Sca
 
 _FLOAT32 = _Tiles(32, 64, 32, 4, 2)
 
+_INPUT_UNIT = tl.constexpr(64)
+
 
 def _tiles(
     num_pairs: int, experts: Experts, dtype: torch.dtype, weights: ExpertWeights
@@ -78,6 +80,18 @@ def _tiles(
     if weights.up_scale.dim() == 1 and mean > min_in_rows:
         return in_rows
     return next(tiles for pairs, tiles in _MANY_IN_BLOCKS if mean <= pairs)
+
+
+@triton.jit
+def _divided(values):  # type: ignore[no-untyped-def]
+    """Return inputs of weights in FP8: in float16, divided by `_INPUT_UNIT`.
+
+    One instruction makes two numbers of float16 out of FP8, which has no others. Each of bfloat16 takes an instruction
+    more, and a multiprocessor does only 16 of those at a time: products of few rows waited for them. Divided, inputs
+    may be as large as 4 million. What is lost are parts below 2 ** -18.
+    """
+    # in this order: LLVM turns a product in float32 into one in float16, which has no such large numbers
+    return (values * (1 / _INPUT_UNIT)).to(tl.float32).to(tl.float16)
 
 
 @triton.jit
@@ -109,8 +123,8 @@ def _clamped_swiglu(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-d
 def _grouped_up_kernel(  # type: ignore[no-untyped-def]
     x, weight, scale, bias, pairs, tile_experts, tile_places, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, precision: tl.constexpr, has_bias: tl.constexpr, is_clamped: tl.constexpr,
-    overlap: tl.constexpr,
+    num_scales: tl.constexpr, precision: tl.constexpr, is_divided: tl.constexpr, has_bias: tl.constexpr,
+    is_clamped: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -133,6 +147,8 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
         for begin in range(0, size, step):
             in_row = lanes < size - begin
             values = tl.load(inputs + begin, mask=in_rows[:, None] & in_row[None, :], other=0.0)
+            if is_divided:
+                values = _divided(values)
             mask = in_columns[None, :] & in_row[:, None]
             gate_weights = tl.load(gates + begin, mask=mask, other=0.0)
             up_weights = tl.load(ups + begin, mask=mask, other=0.0)
@@ -142,6 +158,9 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
             up = _add_product(
                 up, values, up_weights, scale, up_row, in_columns, begin, scale_rows, num_scales, precision
             )
+        if is_divided:
+            gate *= _INPUT_UNIT
+            up *= _INPUT_UNIT
         if num_scales == 1:
             gate *= tl.load(scale + gate_row // scale_rows, mask=in_columns, other=0.0)[None, :]
             up *= tl.load(scale + up_row // scale_rows, mask=in_columns, other=0.0)[None, :]
@@ -150,9 +169,11 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
             gate += tl.load(bias + gate_row, mask=in_columns, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + up_row, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         if is_clamped:
-            activated = _clamped_swiglu(gate, up, out.dtype.element_ty)
+            activated = _clamped_swiglu(gate, up, x.dtype.element_ty)
         else:
-            activated = activate(gate, up, out.dtype.element_ty)
+            activated = activate(gate, up, x.dtype.element_ty)
+        if is_divided:
+            activated = _divided(activated)
         tl.store(target, activated, mask=in_rows[:, None] & in_columns[None, :])
 
 
@@ -160,7 +181,8 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
 def _grouped_down_kernel(  # type: ignore[no-untyped-def]
     x, weight, scale, bias, pairs, tile_experts, tile_places, ends, num_tiles, weights, out, num_columns, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, precision: tl.constexpr, has_bias: tl.constexpr, overlap: tl.constexpr,
+    num_scales: tl.constexpr, precision: tl.constexpr, is_divided: tl.constexpr, has_bias: tl.constexpr,
+    overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -185,6 +207,8 @@ def _grouped_down_kernel(  # type: ignore[no-untyped-def]
             total = _add_product(
                 total, values, matrix, scale, matrix_row, in_columns, begin, scale_rows, num_scales, precision
             )
+        if is_divided:
+            total *= _INPUT_UNIT
         if num_scales == 1:
             total *= tl.load(scale + matrix_row // scale_rows, mask=in_columns, other=0.0)[None, :]
         if has_bias:
@@ -303,7 +327,9 @@ class GroupedExperts:
         """Compute a weighted row for each pair of a token and an expert."""
         hidden, inner, num_chosen = x.shape[1], weights.down.shape[1], self._experts.num_chosen
         groups = memory.groups
-        pairs = x.new_empty(x.shape[0] * num_chosen, inner)
+        is_divided = weights.up_scale is not None and x.dtype.itemsize == 2
+        dtype = torch.float16 if is_divided else x.dtype
+        pairs = torch.empty(x.shape[0] * num_chosen, inner, dtype=dtype, device=x.device)
         up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
         precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of float32 products only
         overlap = overlaps(x.device)
@@ -312,13 +338,13 @@ class GroupedExperts:
         _grouped_up_kernel[(len(groups.tile_experts) * num_blocks,)](
             x, weights.up, up.scale, weights.up if weights.up_bias is None else weights.up_bias, *groups, pairs, inner,
             num_chosen, num_blocks, hidden, tiles.rows, tiles.columns // 2, tiles.step, up.block_rows, up.num_scales,
-            precision, weights.up_bias is not None, self._is_clamped, overlap, **options,
+            precision, is_divided, weights.up_bias is not None, self._is_clamped, overlap, **options,
         )  # fmt: skip
         num_blocks = triton.cdiv(hidden, tiles.columns)
         _grouped_down_kernel[(len(groups.tile_experts) * num_blocks,)](
             pairs, weights.down, down.scale, pairs if weights.down_bias is None else weights.down_bias, *groups,
             choice.weights, memory.rows, hidden, num_blocks, inner,
-            tiles.rows, tiles.columns, tiles.step, down.block_rows, down.num_scales, precision,
+            tiles.rows, tiles.columns, tiles.step, down.block_rows, down.num_scales, precision, is_divided,
             weights.down_bias is not None, overlap, **options,
         )  # fmt: skip
 
