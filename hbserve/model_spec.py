@@ -120,6 +120,12 @@ class ModelSpec:
         return BY_ARCHITECTURE[self.architecture]
 
     @property
+    def weights_name(self) -> str:
+        """Name of the format of the matrices when they compute, such as ``fp8-channel``; empty: the serving dtype."""
+        own = self.weight_format
+        return f"fp8-{own.name}" if own is not None and own.computes else ""
+
+    @property
     def unfused_features(self) -> list[str]:
         """Names of what the fused kernels of a layer do not compute; empty: they compute the whole layer."""
         family = self.family

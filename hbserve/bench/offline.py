@@ -139,8 +139,7 @@ def run(options: OfflineOptions) -> None:
             "Use a smaller --input-len or --output-len"
         )
     dtype = _serving_dtype(config, spec)
-    in_fp8 = spec.weight_format is not None and spec.weight_format.computes
-    limits = device_limits.measure(config.model.device, "fp8" if in_fp8 else dtype)
+    limits = device_limits.measure(config.model.device, "fp8" if spec.weights_name else dtype)
     skew = config.model.dummy_expert_skew if config.model.load_format == "dummy" else 0.0
     cost = ModelCost(spec, DTYPES[dtype].itemsize, skew)
     floor = _floor(cost, batch, limits, config.model.tensor_parallel_size)

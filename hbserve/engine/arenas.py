@@ -111,8 +111,7 @@ def check_fp8(spec: ModelSpec, platform: Platform) -> None:
     Raises:
         ConfigError: it does not.
     """
-    in_fp8 = (spec.weight_format is not None and spec.weight_format.computes) or spec.kv_format is not None
-    if platform.name == "cuda" and in_fp8:
+    if platform.name == "cuda" and (spec.weights_name or spec.kv_format is not None):
         capability = torch.cuda.get_device_capability(platform.device)
         if capability < _FIRST_FP8_CAPABILITY:
             raise ConfigError(

@@ -468,6 +468,5 @@ class ModelRunner:
 
 def _in_fp8(spec: ModelSpec) -> list[str]:
     """Name what is in FP8, for the log."""
-    own = spec.weight_format
-    weights = [f", FP8 weights per {own.name}"] if own is not None and own.computes else []
+    weights = [f", weights {spec.weights_name}"] if spec.weights_name else []
     return weights if spec.kv_format is None else [*weights, ", FP8 KV"]

@@ -109,6 +109,8 @@ class EngineClient:
         self._query_ids = itertools.count(1)
         self._unsent: deque[_Unanswered] = deque(maxlen=_MAX_UNSENT)
         self._ready: asyncio.Future[Ready] | None = None
+        self.formats: dict[str, str] = {}
+        """What the numbers of the model are in (`Ready`); empty before it is ready."""
         self._ready_deadline = 0.0
         self._dead: errors.EngineDeadError | None = None
         self._next_send: asyncio.TimerHandle | None = None
@@ -400,6 +402,7 @@ class EngineClient:
                 case NotReady(reason=reason):
                     self.give_up_waiting(reason)
                 case Ready() as ready:
+                    self.formats = ready.formats
                     if self._ready is not None and not self._ready.done():
                         self._ready.set_result(ready)
 

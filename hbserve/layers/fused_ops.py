@@ -58,7 +58,7 @@ class FusedOps(LayerOps):
         self._norm, self._add_norm_ = fused.rms_norm, fused.add_rms_norm_
         self._activate = fused.silu_and_mul
         self._kernels: dict[type[Linear], LinearKernels] = {PlainLinear: PlainKernels()}
-        if spec.weight_format is not None and spec.weight_format.computes:
+        if spec.weights_name:
             from hbserve.layers.fp8_kernels import Fp8Kernels
 
             self._kernels[Fp8Linear] = Fp8Kernels()

@@ -137,10 +137,16 @@ class Attached(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """All instances are registered. ``max_model_len``: limit of the tokens of prompt and output together."""
+    """All instances are registered.
+
+    Attributes:
+        max_model_len: limit of the tokens of prompt and output together.
+        formats: `hbserve.messages.worker.Hello.formats` of the instances.
+    """
 
     max_model_len: int
     vocab_size: int
+    formats: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class NotReady(Message, frozen=True):

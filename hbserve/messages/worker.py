@@ -174,6 +174,7 @@ class Hello(Message, frozen=True):
         arena_epoch: epoch of its KV memory: the same, or that of the process that holds the memory.
         model: identity of its weights, see `hbserve.models.fingerprint.model_fingerprint`.
         dtype: of what is not quantised; kv_dtype: of KV.
+        weights: format of the matrices, such as ``fp8-channel``; empty: they are in ``dtype``.
         block_bytes: bytes of one KV block over all layers and ranks.
         num_layers: layers in a block; head_bytes: bytes of one KV head in one block, over all layers.
         peers: addresses of its ranks for KV, in their order.
@@ -203,6 +204,12 @@ class Hello(Message, frozen=True):
     one_sided: bool = False
     has_eagle_head: bool = False
     tiers: list[TierInfo] = msgspec.field(default_factory=list)
+    weights: str = ""
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """What the numbers of a model are in, for clients and operators."""
+        return {"dtype": self.dtype, "weights": self.weights or self.dtype, "kv_cache_dtype": self.kv_dtype}
 
 
 class Pong(Message, frozen=True):

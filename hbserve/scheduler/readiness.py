@@ -30,6 +30,7 @@ class Readiness:
     ) -> None:
         self.max_model_len: int | None = None
         self.vocab_size = 0
+        self._formats: dict[str, str] = {}
         self.ended: str | None = None
         self._instances = instances
         self._transfers = transfers
@@ -46,7 +47,7 @@ class Readiness:
         self._failures.pop(hello.instance_id, None)
         is_first = self.max_model_len is None
         self.max_model_len = min(hello.max_model_len, self.max_model_len or hello.max_model_len)
-        self.vocab_size = hello.vocab_size
+        self.vocab_size, self._formats = hello.vocab_size, hello.formats
         if is_first:
             early, self._attached_early = self._attached_early, set()
             for client in sorted(early):
@@ -82,7 +83,8 @@ class Readiness:
             return
         if not all(instance.ready for instance in self._instances.values()):
             return
-        self._tell(list(self._subscribers), Ready(max_model_len=self.max_model_len, vocab_size=self.vocab_size))
+        ready = Ready(max_model_len=self.max_model_len, vocab_size=self.vocab_size, formats=self._formats)
+        self._tell(list(self._subscribers), ready)
 
     def on_failed(self, instance_id: str, error: str) -> None:
         """An instance cannot start. Clients that subscribe later learn it too: the failure may come before them."""

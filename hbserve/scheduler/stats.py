@@ -249,6 +249,7 @@ def _instance(instance: InstanceHandle, busy_share: dict[str, float]) -> dict[st
         stats["why_lost"] = instance.why_missing
     else:
         stats["device"] = instance.hello.device
+        stats["formats"] = instance.hello.formats
         stats["pid"] = instance.hello.pid
         stats["kv_blocks"] = {
             "total": instance.pool.total_blocks,

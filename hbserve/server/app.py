@@ -91,6 +91,7 @@ def create_app(
         "created": int(time.time()),
         "owned_by": "hbserve",
         "max_model_len": engine.max_model_len,
+        **client.formats,
     }
 
     def check_model(name: str | None) -> None:

@@ -73,6 +73,7 @@ _DRAFT_COUNTS = {
     "drafted_tokens": "Guessed tokens that steps have verified.",
     "accepted_tokens": "Guessed tokens that were right.",
 }
+_FORMATS = ("dtype", "weights", "kv_cache_dtype")
 Samples = Iterable[tuple[Sequence[str], float]]
 """Values of a metric, each with those of its labels."""
 
@@ -150,6 +151,12 @@ def _instances(instances: dict[str, dict[str, Any]]) -> Iterator[Metric]:
     active = [(values, instance.get("active_requests", 0)) for values, instance in labelled]
     blocks = [([*values, state], pool[state]) for values, pool in pools for state in ("total", "free", "cached")]
     usage = [(values, 1 - pool["free"] / pool["total"]) for values, pool in pools]
+    formats = [
+        ([*values, instance["device"], *instance["formats"].values()], 1)
+        for values, instance in labelled
+        if "formats" in instance
+    ]
+    yield _gauge("instance_info", "What it serves, and on what.", [*labels, "device", *_FORMATS], formats)
     yield _gauge("instance_up", "Whether it can be given work.", labels, up)
     yield _gauge("instance_active_requests", "Requests with an allocation there.", labels, active)
     yield _gauge("kv_blocks", "KV blocks, by state.", [*labels, "state"], blocks)

@@ -136,6 +136,7 @@ class SchedulerSession:
                 model=self._rank.model_fingerprint,
                 dtype=str(runner.dtype).removeprefix("torch."),
                 kv_dtype=str(layout.dtype).removeprefix("torch."),
+                weights=runner.spec.weights_name,
                 num_blocks=runner.num_blocks,
                 block_size=layout.block_size,
                 block_bytes=layout.block_bytes * self._ranks.size,

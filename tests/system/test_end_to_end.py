@@ -81,7 +81,12 @@ def test_fp8_answers_are_right_in_every_mode(name: str, in_fp8: str) -> None:
             assert manager.request_sm_reallocation(SMAllocation(80, 100))
             assert manager.wait_until_settled(DEADLINE_S)
         assert share_right(llm, questions[-2:] * 2) == 1
-        stats = llm.get_system_stats()["cpu_scheduler"]
+        stats = llm.get_system_stats()
+        for instance in stats["gpu_instances"].values():
+            formats = instance["formats"]
+            assert (formats["weights"] == "fp8-channel") == ("quantization" in FP8[in_fp8])
+            assert (formats["kv_cache_dtype"] == "float8_e4m3fn") == ("kv_cache_dtype" in FP8[in_fp8])
+        stats = stats["cpu_scheduler"]
         assert stats["preemptions"] > 0
         assert stats["cached_prompt_tokens"] > 0
         assert_no_leaks(llm)

@@ -111,6 +111,7 @@ async def test_every_request_and_token_is_counted_once(url: str) -> None:
     assert gaps == pytest.approx(8 * tpots, rel=0.05, abs=0.01)
     assert after["hbserve_open_requests"] == 0
     assert after["hbserve_instance_up"] == 2
+    assert after["hbserve_instance_info"] == 2
     assert grown("hbserve_instance_busy_seconds_total") > 0 < grown("hbserve_instance_host_seconds_total")
     bounds = [name for name in after if name.startswith("hbserve_time_to_first_token_seconds_bucket/")]
     cumulated = [after[name] for name in bounds]
@@ -119,6 +120,11 @@ async def test_every_request_and_token_is_counted_once(url: str) -> None:
 
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:
         stats = (await http.get("/stats")).json()
+        [model] = (await http.get("/v1/models")).json()["data"]
+    formats = stats["gpu_instances"]["decode-0"]["formats"]
+    assert formats.items() <= model.items()
+    [info] = [name for name in after if name.startswith("hbserve_instance_info/") and "decode-0" in name]
+    assert {f"{key}={value}" for key, value in formats.items()} <= {*info.partition("/")[2].split(",")}
     link = stats["kv_transfer"]["links"]["prefill-0->decode-0"]
     assert (
         grown("hbserve_kv_transfer_bytes_total")

@@ -48,7 +48,8 @@ def test_a_request_from_its_arrival_to_its_end() -> None:
     assert outbox.call_at == 50.0 + scheduler.config.rpc.heartbeat_interval_s
     # A client waits for the system; the worker registers.
     outbox = scheduler.step(50.1, [FromClient(b"c", SubscribeReady(deadline_s=9.0)), FromWorker(1, HELLO)])
-    assert outbox.to_clients == [(b"c", Ready(max_model_len=1000, vocab_size=1024))]
+    formats = {"dtype": "float32", "weights": "float32", "kv_cache_dtype": "float32"}
+    assert outbox.to_clients == [(b"c", Ready(max_model_len=1000, vocab_size=1024, formats=formats))]
     assert [text for _, text in outbox.log] == ["ready: unified-0: cpu, 64 KV blocks"]
     # A request is admitted and planned in the step in which it comes: its prompt, and the step after that.
     outbox = scheduler.step(50.2, [FromClient(b"c", REQUEST)])
