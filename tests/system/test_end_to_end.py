@@ -21,6 +21,7 @@ import demo_language as language  # noqa: E402
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
 NUM_PAIRS = 60
 DEADLINE_S = 120.0
+MAX_ROUNDS = 8
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
     "num_blocks": 2048,
@@ -80,15 +81,19 @@ def test_fp8_answers_are_right_in_every_mode(name: str, in_fp8: str) -> None:
         for manager in llm.supervisors.values():
             assert manager.request_sm_reallocation(SMAllocation(80, 100))
             assert manager.wait_until_settled(DEADLINE_S)
-        assert share_right(llm, questions[-2:] * 2) == 1
-        stats = llm.get_system_stats()
+        for _ in range(MAX_ROUNDS):  # which requests are there at the same time depends on the host
+            assert share_right(llm, questions[-2:] * 2) == 1
+            stats = llm.get_system_stats()
+            counts = stats["cpu_scheduler"]
+            if counts["preemptions"] and counts["cached_prompt_tokens"]:
+                break
+            assert share_right(llm, questions) == 1
+        assert counts["preemptions"] > 0
+        assert counts["cached_prompt_tokens"] > 0
         for instance in stats["gpu_instances"].values():
             formats = instance["formats"]
             assert (formats["weights"] == "fp8-channel") == ("quantization" in FP8[in_fp8])
             assert (formats["kv_cache_dtype"] == "float8_e4m3fn") == ("kv_cache_dtype" in FP8[in_fp8])
-        stats = stats["cpu_scheduler"]
-        assert stats["preemptions"] > 0
-        assert stats["cached_prompt_tokens"] > 0
         assert_no_leaks(llm)
 
 
