@@ -24,7 +24,9 @@ from tests.support.model_zoo import MODELS, OWN_ATTENTION, VOCAB_SIZE, save_mode
 from tests.support.plan_driver import GREEDY, Driver, Sequence
 
 
-def make_runner(folder: Path, device: str = "cpu", num_blocks: int | None = 200, **options: Any) -> ModelRunner:
+def make_runner(
+    folder: Path, device: str = "cpu", num_blocks: int | None = 200, has_graphs: bool = True, **options: Any
+) -> ModelRunner:
     """A runner on a model folder; its KV cache holds NaN wherever nothing has been written."""
     model_options = {key: options.pop(key) for key in list(options) if key in ModelConfig.__struct_fields__}
     kv_dtype, draft_model = options.pop("kv_dtype", "auto"), options.pop("draft_model", None)
@@ -34,6 +36,7 @@ def make_runner(folder: Path, device: str = "cpu", num_blocks: int | None = 200,
             "model": {"path": str(folder), "device": device, **model_options},
             "performance": {"num_blocks": num_blocks, "max_num_seqs": 8, **options},
             "kv_cache": {"dtype": kv_dtype},
+            "cuda_graph": {"enabled": has_graphs},
             "speculation": {} if draft_model is None else {"method": method, "model": draft_model},
         }
     )
@@ -434,6 +437,25 @@ def test_greedy_tokens_equal_transformers_on_cuda(name: str, tmp_path: Path) -> 
         assert output[:sure] == expected[:sure]
         compared += sure
     assert compared > 6 * len(prompts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_captured_steps_choose_the_tokens_of_eager_ones(name: str, tmp_path: Path) -> None:
+    """In bfloat16, until a near tie: padding of a captured step may choose another kernel for a product."""
+    save_model(tmp_path, name, dtype=torch.bfloat16)
+    outputs = []
+    for has_graphs in (True, False):
+        runner = make_runner(tmp_path, device="cuda", dtype="bfloat16", has_graphs=has_graphs)
+        assert (runner._graphs is not None) == has_graphs
+        driver = Driver(runner, chunk=48)
+        prompts = [make_prompt(length) for length in (1, 18, 100)]
+        outputs.append(driver.run(*(driver.add(prompt, 24, slot) for slot, prompt in enumerate(prompts))))
+    num_equal = 0
+    for captured, eager in zip(*outputs, strict=True):
+        differs = [a != b for a, b in zip(captured, eager, strict=True)]
+        num_equal += differs.index(True) if True in differs else len(captured)
+    assert num_equal >= 36, outputs
 
 
 @pytest.mark.gpu
