@@ -7,14 +7,17 @@ called from any thread; the coroutines (`wait_ready`, `wait`, `stop`) from any e
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import weakref
@@ -140,6 +143,10 @@ class ChildProcess:
         """Whether the process runs."""
         return self._process is not None and self._process.returncode is None
 
+    def is_ready(self) -> bool:
+        """Whether the process runs, and has reported that it is ready."""
+        return self.is_alive() and self._started.done() and "ready" in self._started.result()
+
     def send(self, order: dict[str, Any]) -> bool:
         """Write one line to the child; False if the child has ended."""
         assert self._process is not None
@@ -151,6 +158,16 @@ class ChildProcess:
         except (OSError, ValueError):
             return False
         return True
+
+    def has_unread(self) -> bool:
+        """Whether bytes lie in the life line that the child has not read. A child that watches it reads at once."""
+        process = self._process
+        with self._send_lock:
+            if process is None or process.stdin is None or process.stdin.closed:
+                return False
+            count = array.array("i", [0])
+            fcntl.ioctl(process.stdin.fileno(), termios.FIONREAD, count)
+            return count[0] > 0
 
     def terminate(self) -> None:
         """Ask the child to finish what is in flight and to end."""

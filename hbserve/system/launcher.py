@@ -61,6 +61,7 @@ from hbserve.semi_pd.process_rotation_manager import ProcessRotationManager
 logger = logging.getLogger(__name__)
 
 _BUDGET = "rpc.max_restarts"
+_CHECKS_OF_FROZEN = 8
 _WORKER_MODULE = "hbserve.worker.process"
 
 _FAULTS = frozenset(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT))
@@ -226,6 +227,7 @@ class Launcher:
         scheduler, *others = self._children
         self._watchers.append(asyncio.create_task(self._keep_scheduler(scheduler)))
         self._watchers += [asyncio.create_task(self._keep_alive(child)) for child in others]
+        self._watchers += [asyncio.create_task(self._kill_if_frozen(child)) for child in others]
 
     def _new_children(self, client_address: str, run_dir: str) -> list[ChildProcess]:
         """Describe the scheduler and the instances that have one worker, or Ray's driver; nothing is started."""
@@ -360,6 +362,24 @@ class Launcher:
             except (StartupError, OSError) as error:
                 self._on_event("start_failed", child.name, f"{error}; it is tried again")
                 await child.stop()
+
+    async def _kill_if_frozen(self, child: ChildProcess) -> None:
+        """Kill an instance in which nothing runs any more, not even the thread that ends a step without end."""
+        checks_in_a_row = 0
+        while True:
+            # Many short waits, because this process may have been stopped itself, and the children with it.
+            await asyncio.sleep(self.config.rpc.step_timeout_s / _CHECKS_OF_FROZEN)
+            if not child.is_ready() or not child.has_unread():
+                checks_in_a_row = 0
+                if child.is_ready():
+                    child.send({})  # orders nothing; it is read, or lies there
+                continue
+            checks_in_a_row += 1
+            if checks_in_a_row >= _CHECKS_OF_FROZEN:
+                what = f"nothing has run in it for {self.config.rpc.step_timeout_s:g} s (rpc.step_timeout_s)"
+                self._on_event("lost", child.name, f"{what}; it is killed")
+                child.kill()
+                checks_in_a_row = 0
 
     def give_up(self, instance_id: str, why: str) -> None:
         """Note that an instance does not come back; also a scheduler that is started later learns it."""

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
@@ -37,7 +38,9 @@ def references(model: tuple[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 
 @asynccontextmanager
-async def system(model_path: str, standbys: int = 0, **settings: Any) -> AsyncIterator[DisaggregatedLLM]:
+async def system(
+    model_path: str, standbys: int = 0, step_timeout_s: float = 120.0, **settings: Any
+) -> AsyncIterator[DisaggregatedLLM]:
     """Start a system; with ``standbys``, two of them become its instances, and the others end."""
     arguments: dict[str, Any] = {
         "device": "cpu",
@@ -50,7 +53,9 @@ async def system(model_path: str, standbys: int = 0, **settings: Any) -> AsyncIt
         "heartbeat_timeout_s": 5.0,
         "host_bytes": 64 << 20,
     }
-    llm = DisaggregatedLLM(PdDisaggConfig.from_arguments(model_path, **(arguments | settings)))
+    config = PdDisaggConfig.from_arguments(model_path, **(arguments | settings)).freeze()
+    rpc = msgspec.structs.replace(config.rpc, step_timeout_s=step_timeout_s)
+    llm = DisaggregatedLLM(msgspec.structs.replace(config, rpc=rpc))
     llm.launcher.stand_by(standbys, num_ranks=1)
     waiting = list(llm.launcher._standbys)
     async with llm:
@@ -109,6 +114,21 @@ async def test_an_instance_that_stops_answering_is_given_up_and_taken_back(
             os.kill(pid, signal.SIGCONT)
         outputs = await asyncio.wait_for(work, DEADLINE_S)
         assert [output["token_ids"] for output in outputs] == [tokens for _, tokens in references]
+        await asyncio.to_thread(assert_no_leaks, llm)
+
+
+async def test_an_instance_in_which_nothing_runs_any_more_is_killed_and_started_again(
+    model: tuple[str, Any], references: list[tuple[list[int], list[int]]]
+) -> None:
+    async with system(model[0], heartbeat_timeout_s=1.0, step_timeout_s=6.0) as llm:
+        work = asyncio.create_task(llm.generate([prompt for prompt, _ in references], GREEDY))  # noqa: RUF006 - it is awaited below
+        await wait_for(lambda: llm.get_system_stats()["gpu_instances"]["decode-0"]["steps"] >= 5)
+        frozen = pid_of(llm, "decode-0")
+        os.kill(frozen, signal.SIGSTOP)  # it gets no SIGCONT, and cannot end itself
+        outputs = await asyncio.wait_for(work, DEADLINE_S)
+        assert [output["token_ids"] for output in outputs] == [tokens for _, tokens in references]
+        assert pid_of(llm, "decode-0") != frozen
+        assert llm.get_system_stats()["events"]["instance_restarted"] == 1
         await asyncio.to_thread(assert_no_leaks, llm)
 
 
