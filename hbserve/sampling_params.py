@@ -145,7 +145,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if isinstance(self.prediction, str):
             texts.append((self.prediction, "prediction"))
         for text, param in texts:
-            self._require(_is_unicode(text), param, "must not hold a lone surrogate, which is no character")
+            self._require(is_unicode(text), param, "must not hold a lone surrogate, which is no character")
         self._require(all(t >= 0 for t in self.stop_token_ids or ()), "stop_token_ids", "must not be negative")
         biases = self.logit_bias or {}
         self._require(len(biases) <= MAX_LOGIT_BIASES, "logit_bias", f"takes at most {MAX_LOGIT_BIASES} tokens")
@@ -205,6 +205,6 @@ def _field_types() -> list[tuple[str, Any, frozenset[type]]]:
     ]
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether a text can be encoded; JSON can hold half a surrogate pair."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)

@@ -144,10 +144,13 @@ def check_new_file(option: str, path: Path | None) -> None:
 
 
 def run_command(command: Callable[[argparse.Namespace], object], arguments: argparse.Namespace) -> int:
-    """Run a command; print an `HBServeError` as one line. Return the exit code."""
+    """Run a command; print an `HBServeError`, or an error of a file such as a full disk, as one line.
+
+    Return the exit code.
+    """
     try:
         command(arguments)
-    except HBServeError as error:
+    except (HBServeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

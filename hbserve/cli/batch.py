@@ -26,6 +26,7 @@ from urllib.parse import SplitResult
 from hbserve.bench.arguments import positive, positive_float, run_command
 from hbserve.errors import ConfigError
 from hbserve.hints import shown
+from hbserve.sampling_params import is_unicode
 from hbserve.server_url import server_url
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -120,7 +121,7 @@ def _read(file: Path) -> Iterator[_Line]:
     """
     seen: set[str] = set()
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, text in enumerate(lines, start=1):
                 if text.strip():
                     line = _parse(text, f"{file}:{number}", number)
@@ -139,6 +140,8 @@ def _parse(text: str, where: str, number: int) -> _Line:
         raise ConfigError(f"{where}: no JSON: {error}") from None
     if not isinstance(item, dict) or not isinstance(item.get("custom_id"), str):
         raise ConfigError(f"{where}: must be an object with a custom_id, a string")
+    if not is_unicode(item["custom_id"]):
+        raise ConfigError(f"{where}: custom_id must not hold a lone surrogate, which is no character")
     if item.get("method") != "POST":
         raise ConfigError(f"{where}: method must be POST, got {shown(item.get('method'))}")
     path, body = item.get("url"), item.get("body")

@@ -20,6 +20,7 @@ GOOD = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"
         ("5", "a custom_id, a string"),
         (GOOD | {"custom_id": 5}, "a custom_id, a string"),
         (GOOD, "custom_id 'a' is there twice"),
+        (json.dumps(GOOD | {"custom_id": "\ud800"}), "custom_id must not hold a lone surrogate"),
         (GOOD | {"custom_id": "b", "method": "GET"}, "method must be POST, got 'GET'"),
         (GOOD | {"custom_id": "b", "url": "/v1/embeddings"}, "url must be one of /v1/chat/completions"),
         (GOOD | {"custom_id": "b", "body": []}, "body must be an object"),
@@ -64,3 +65,11 @@ def test_a_server_that_is_not_there_is_an_error_of_each_request(
     [line] = (tmp_path / "requests.errors.jsonl").read_text().splitlines()
     assert json.loads(line)["error"]["code"] == "no_answer"
     assert "1 requests have no answer" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_of_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\ufeff" + json.dumps(GOOD) + "\n")  # some editors begin a file so
+    arguments = ["batch", str(file), "--url", "http://127.0.0.1:9", "--timeout-s", "0.5", "--errors", "/dev/full"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: [Errno 28] No space left on device")
