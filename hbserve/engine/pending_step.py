@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import NamedTuple
 
 import torch
 
 from hbserve.engine.prompt_scores import PromptScores
 from hbserve.engine.sampler import Sampled
+from hbserve.layers.ops import has_triton
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.worker import NO_TOKEN, StepPlan, StepResult
+
+_MAX_RESULT_BYTES = 2048
+_NUM_KEPT = 64
+"""More than there are results in flight."""
+_kept: deque[torch.Tensor] = deque(maxlen=_NUM_KEPT)
+"""Results that a kernel may still write, also of steps that were dropped."""
 
 
 class StepTimer:
@@ -145,4 +153,11 @@ def _to_host(x: torch.Tensor) -> torch.Tensor:
     """Return a copy on the host, complete when the stream reaches this point; on CPU the tensor itself."""
     if x.device.type == "cpu":
         return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    if not has_triton(x.device) or x.nbytes > _MAX_RESULT_BYTES or not x.is_contiguous():
+        return host.copy_(x, non_blocking=True)
+    from hbserve.platform.small_copies import copy_small
+
+    copy_small(x, host)
+    _kept.append(host)
+    return host

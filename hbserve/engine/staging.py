@@ -85,6 +85,9 @@ class StepInputs:
     """
 
     def __init__(self, max_rows: int, max_pieces: int, max_pages: int, device: torch.device) -> None:
+        from hbserve.platform import small_copies  # needs Triton, as all captured steps
+
+        self._copy_small, self._max_small_bytes = small_copies.copy_small, small_copies.MAX_SMALL_BYTES
         self._offsets: dict[str, int] = {}
         end = 0
         for field in STEP_FIELDS:
@@ -148,5 +151,8 @@ class StepInputs:
 
     def copy(self) -> None:
         """Queue the copy to the device of what `fill` has written."""
-        self._device[: self._end].copy_(self._host[self._turn][: self._end], non_blocking=True)
+        if self._end <= self._max_small_bytes:
+            self._copy_small(self._host[self._turn][: self._end], self._device[: self._end])
+        else:
+            self._device[: self._end].copy_(self._host[self._turn][: self._end], non_blocking=True)
         self._copied[self._turn].record()

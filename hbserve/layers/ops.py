@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -324,6 +325,7 @@ def _group_experts(spec: ModelSpec, parallel: TensorParallel, totals: Tensor | N
     return GroupedExperts(experts, parallel.local_experts(experts.num_experts), totals, spec.activation)
 
 
+@cache
 def has_triton(device: torch.device) -> bool:
     """Whether Triton can compile for ``device``."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
