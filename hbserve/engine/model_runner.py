@@ -391,6 +391,7 @@ class ModelRunner:
         if self._graphs is None or not self._graphs.rounds.can_repeat:
             return None
         timer = StepTimer(self.platform.device)
+        timer.start()
         pending = PendingStep(plan, *self._graphs.rounds.repeat(), timer)
         if self._expert_loads is not None:
             pending.expert_tokens = self._expert_loads.poll()

@@ -24,41 +24,53 @@ _kept: deque[torch.Tensor] = deque(maxlen=_NUM_KEPT)
 class StepTimer:
     """A timer of the device's work between two points of its stream, in seconds.
 
+    Points take the device 3 µs each. So a step that is launched while the one before runs begins where that one ends.
+
     Attributes:
         started_at: when the host reached the first point, on `time.perf_counter`.
     """
 
+    _last_end: torch.Event | None = None
+    """The last second point of any timer; only the thread that launches steps sets it."""
+
     def __init__(self, device: torch.device) -> None:
-        self._events = None
-        if device.type == "cuda":
-            self._events = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
+        self._is_cuda, self._device = device.type == "cuda", device
+        self._begin: torch.Event | None = None
+        self._end: torch.Event | None = None
         self._seconds = 0.0
-        self.start()
+        self.started_at = time.perf_counter()
 
     def start(self) -> None:
         """Set the first point, or move it: until the device has its work, it only waits for the host."""
-        if self._events is not None:
-            self._events[0].record()
+        if self._is_cuda:
+            last = StepTimer._last_end
+            self._begin = self._recorded() if last is None or last.query() else last
         self.started_at = time.perf_counter()
 
     def stop(self) -> None:
         """Set the second point."""
-        if self._events is not None:
-            self._events[1].record()
+        if self._is_cuda:
+            self._begin = self._begin or self._recorded()
+            self._end = StepTimer._last_end = self._recorded()
         self._seconds = time.perf_counter() - self.started_at
+
+    def _recorded(self) -> torch.Event:
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event
 
     def seconds_to(self, end: StepTimer) -> float:
         """Return the seconds from the first point to the second one of another timer, which has been waited for."""
-        if self._events is None or end._events is None:
+        if self._begin is None or end._end is None:
             return end.started_at + end._seconds - self.started_at
-        return self._events[0].elapsed_time(end._events[1]) / 1000
+        return self._begin.elapsed_time(end._end) / 1000
 
     def wait(self) -> float:
         """Wait until the device reaches the second point; return the seconds between the points."""
-        if self._events is None:
+        if self._begin is None or self._end is None:
             return self._seconds
-        self._events[1].synchronize()
-        return self._events[0].elapsed_time(self._events[1]) / 1000
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1000
 
 
 class Drafted(NamedTuple):

@@ -149,6 +149,7 @@ class ModelDrafter:
             return None
         take_turn()
         timer = StepTimer(self._platform.device)
+        timer.start()
         passes = [self._forward([*map(_first, drafting), *map(_reading, reading)])]
         more = [row for row in drafting if row.num_to_draft > 1]
         if more:
