@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,72 @@ def test_tokens_of_one_stream_are_the_most_likely(name: str, tmp_path: Path) -> 
         behind = (logits.amax(1) - chosen) / logits.std(1)
         assert (behind < 0.25).float().mean() >= 0.9, behind  # rounding may choose another expert
         assert len({*output}) > 5, "the model repeats itself"
+
+
+@pytest.mark.parametrize(("hidden", "heads", "inner"), [(1024, 16, 3072), (576, 6, 1536), (4096, 32, 12288)])
+@pytest.mark.parametrize("kind", ["bfloat16", "channel", "block"])
+def test_kernels_that_begin_early_read_nothing_too_early(kind: str, hidden: int, heads: int, inner: int) -> None:
+    """Layers in one captured graph, where kernels overlap, against the same kernels one after the other."""
+    from hbserve.attention.base import HeadTransform
+    from hbserve.attention.row_decode import RowDecode
+    from hbserve.layers.fp8 import Fp8Linear, quantise_weight
+    from hbserve.layers.linear import PlainLinear
+    from hbserve.layers.one_row import one_row
+    from hbserve.layers.rotary import RotaryEmbedding
+    from hbserve.rope_spec import RopeSpec
+
+    def linear(num_outputs: int, size: int) -> PlainLinear | Fp8Linear:
+        weight = random(num_outputs, size) * 0.02
+        if kind == "bfloat16":
+            return PlainLinear(weight)
+        rows = quantise_weight(weight)
+        blocks = torch.full((num_outputs // 64, -(-size // 128)), 2e-3, device="cuda")
+        scale = rows.scales[:, 0] if kind == "channel" else blocks
+        return Fp8Linear(rows.values, scale, None, None, torch.bfloat16)
+
+    num_layers, kv_heads, head_dim = 6, 2, 128
+    layers = [
+        (
+            linear((heads + 2 * kv_heads) * head_dim, hidden),
+            linear(hidden, heads * head_dim),
+            linear(2 * inner, hidden),
+            linear(hidden, inner),
+        )
+        for _ in range(num_layers)
+    ]
+    norm, head_norm = random(hidden), random(head_dim)
+    rotary = RotaryEmbedding(RopeSpec(theta=10000.0), head_dim, torch.device("cuda"))
+    heads_of = HeadTransform(
+        (head_norm, head_norm), 1e-6, rotary.inverse_frequencies, rotary.magnitude, rotary.rotated_dim, False
+    )
+    cache = random(60, num_layers, 2, 16, kv_heads, head_dim)
+    attention = RowDecode(cache, heads, torch.zeros(kv_heads, dtype=torch.int32, device="cuda"))
+    pages = torch.randperm(60, device="cuda").to(torch.int32)
+    position = torch.tensor([700], device="cuda")
+    slot = pages[700 // 16].long()[None] * 16 + 700 % 16
+    first, stream = random(1, hidden), torch.empty(1, hidden, dtype=torch.bfloat16, device="cuda")
+
+    def run(after_each: Callable[[], None]) -> None:
+        stream.copy_(first)
+        for index, (qkv, o, up, down) in enumerate(layers):
+            projected = one_row(qkv, stream, norm=norm, eps=1e-6)
+            after_each()
+            attended = torch.empty(1, heads, head_dim, dtype=torch.bfloat16, device="cuda")
+            attention.attend(index, projected, heads_of, position, slot, pages, attended)
+            after_each()
+            one_row(o, attended.flatten(1), residual=stream)
+            after_each()
+            activated = one_row(up, stream, norm=norm, eps=1e-6, is_gated=True)
+            after_each()
+            one_row(down, activated, residual=stream)
+            after_each()
+
+    run(torch.cuda.synchronize)
+    expected = stream.clone()
+    assert not expected.isnan().any()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(lambda: None)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(stream, expected)
