@@ -49,7 +49,7 @@ def _load_weights(  # type: ignore[no-untyped-def]
     each: tl.constexpr = block // parts
     columns = at + tl.arange(0, parts)[:, None, None] * each + tl.arange(0, each)[None, None, :]
     if size % block == 0:
-        return tl.load(begins[None, :, :] + columns)
+        return tl.load(begins[None, :, :] + columns, eviction_policy="evict_first")
     return tl.load(begins[None, :, :] + columns, mask=columns < size, other=0.0)
 
 
@@ -61,7 +61,7 @@ def _load_inputs(  # type: ignore[no-untyped-def]
     each: tl.constexpr = block // parts
     columns = at + tl.arange(0, parts)[:, None, None] * each + tl.arange(0, each)[None, :, None]
     mask = (rows < num_rows)[None, None, :] & (columns < size)
-    return tl.load(x + rows[None, None, :] * size + columns, mask=mask, other=0.0)
+    return tl.load(x + rows[None, None, :] * size + columns, mask=mask, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit
@@ -227,5 +227,5 @@ def _launch_shape(num_outputs: int, is_gated: bool) -> _Shape:
     if is_gated:
         return _Shape(32, 256, 3, 4)
     if num_outputs <= 4224:
-        return _Shape(16, 512, 6, 4)
+        return _Shape(16, 1024, 4, 4)
     return _Shape(32, 256, 4, 4) if num_outputs <= 16384 else _Shape(64, 256, 3, 4)
