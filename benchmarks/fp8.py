@@ -69,10 +69,10 @@ def _kernels() -> dict[str, Any]:
             plain_us = 0.0
             for kind in ("bf16", "channel", "block") if num_rows in (1, 16, 4096) else ("bf16", "channel"):
                 layers, kernels = _layers(num_outputs, size, kind), PlainKernels() if kind == "bf16" else Fp8Kernels()
-                is_few = num_rows <= kernels.max_few_rows(layers[0])
-                call: Any = kernels.one_row if num_rows == 1 else kernels.few_rows if is_few else kernels.many_rows
+                fused: Any = kernels.rows_kernel(layers[0], num_rows)
+                call: Any = fused or kernels.many_rows
                 rows: Any = x
-                if not is_few and kind != "bf16":
+                if fused is None and kind != "bf16":
                     from hbserve.layers.fp8_rows import fp8_rows
 
                     rows = fp8_rows(layers[0], x)  # the kernel before quantises

@@ -20,6 +20,7 @@ Each stores its part, and the last one to finish adds all parts, in order::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -170,8 +171,8 @@ def _has_few_outputs(num_rows: int, num_outputs: int) -> bool:
 class Fp8Kernels:
     """`hbserve.layers.linear.LinearKernels` of `Fp8Linear`."""
 
-    def max_few_rows(self, layer: Fp8Linear) -> int:
-        return 1  # several rows are quantised before their product
+    def rows_kernel(self, layer: Fp8Linear, num_rows: int) -> Callable[..., Tensor] | None:
+        return self.one_row if num_rows == 1 else None  # several rows are quantised before their product
 
     def one_row(
         self,
@@ -195,8 +196,6 @@ class Fp8Kernels:
         if residual is not None:
             return residual.add_(fp8_linear(layer, rows, has_bias=has_bias))
         return fp8_linear(layer, rows, out, has_bias=has_bias)
-
-    few_rows = one_row
 
     def many_rows(self, layer: Fp8Linear, rows: Rows, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         if isinstance(rows, Tensor):

@@ -24,10 +24,11 @@ class PlainKernels:
     """`hbserve.layers.linear.LinearKernels` of layers without a scheme."""
 
     one_row = staticmethod(one_row)
-    few_rows = staticmethod(few_rows)
 
-    def max_few_rows(self, layer: PlainLinear) -> int:
-        return MAX_FEW_ROWS if layer.dtype.itemsize == 2 else 1
+    def rows_kernel(self, layer: PlainLinear, num_rows: int) -> Callable[..., Tensor] | None:
+        if num_rows == 1:
+            return one_row
+        return few_rows if num_rows <= MAX_FEW_ROWS and layer.dtype.itemsize == 2 else None
 
     def many_rows(self, layer: PlainLinear, rows: Rows, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         assert isinstance(rows, Tensor), "plain layers read tensors"
@@ -98,11 +99,7 @@ class FusedOps(LayerOps):
         return super().norm_up_linear(stream, norm, layer, reader)
 
     def _few_rows(self, layer: Linear, num_rows: int) -> Callable[..., Tensor] | None:
-        """Return the kernel that computes so few rows with a norm before, and a gate or sum after; None: too many."""
-        kernels = self._kernels[type(layer)]
-        if num_rows == 1:
-            return kernels.one_row
-        return kernels.few_rows if num_rows <= kernels.max_few_rows(layer) else None
+        return self._kernels[type(layer)].rows_kernel(layer, num_rows)
 
     def _few_rows_of(self, stream: ResidualStream, layer: Linear) -> Callable[..., Tensor] | None:
         """Return that kernel for the stream; None: it has too many rows, or something is pending."""

@@ -7,6 +7,7 @@ A scheme is a subclass of `Linear` with its parameters, and computes in plain to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -77,22 +78,11 @@ class LinearKernels(Protocol):
     ) -> Tensor:
         """Compute the layer on a single row; see `hbserve.layers.one_row.one_row`."""
 
-    def max_few_rows(self, layer: Any) -> int:
-        """Return up to how many rows `few_rows` is for; 1: it is for none."""
+    def rows_kernel(self, layer: Any, num_rows: int) -> Callable[..., Tensor] | None:
+        """Return the kernel that computes so few rows with a norm before, and a gate or sum after; None: too many.
 
-    def few_rows(
-        self,
-        layer: Any,
-        x: Tensor,
-        *,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-        residual: Tensor | None = None,
-        is_gated: bool = False,
-        out: Tensor | None = None,
-        has_bias: bool = True,
-    ) -> Tensor:
-        """Compute the layer on a few rows; see `hbserve.layers.few_rows.few_rows`."""
+        Its arguments are those of `one_row`.
+        """
 
     def many_rows(self, layer: Any, rows: Rows, out: Tensor | None = None, *, has_bias: bool = True) -> Tensor:
         """Compute the layer; see `Linear.__call__`."""
