@@ -14,6 +14,7 @@ import pytest
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import StepPlan, StepResult
+from hbserve.policy.step_time_predictor import keys_of_guesses
 from hbserve.scheduler.core_io import FromClient, FromWorker, InboxEvent, Outbox, Start
 from hbserve.scheduler.scheduler import CpuScheduler
 from hbserve.speculation.rounds import next_round
@@ -41,7 +42,10 @@ class Model:
 
     def step_s(self, plan: StepPlan) -> float:
         rows = sum(row.num_tokens for row in plan.rows)
-        keys = sum(row.start * row.num_tokens for row in plan.rows)
+        keys = sum(
+            row.start * (row.num_tokens - row.num_drafts) + keys_of_guesses(row.num_drafts, row.start)
+            for row in plan.rows
+        )
         return (self.weights_ms + self.row_ms * rows + self.key_ms * keys) / 1000
 
 
