@@ -33,16 +33,15 @@ with threads there is `hbserve.semi_pd.unified_storage_manager`.
 from __future__ import annotations
 
 import heapq
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
 from hbserve.config import InstanceRole
 from hbserve.errors import StaleBlockError
+from hbserve.kv_cache.block_contents import PlannedBlocks
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +127,7 @@ class BlockPool:
         self._owners = [0] * total_blocks  # how many
         self._generation = [0] * total_blocks
         self._holdings: dict[str, _Holding] = {}
-        self._planned: dict[bytes, int] = {}  # the block that a step fills, by its contents
-        self._planned_hash: dict[int, bytes] = {}  # the same by block
+        self._planned = PlannedBlocks()
         self._read: set[int] = set()  # sealed blocks with KV of the draft model
         self.num_pending_blocks = 0
         """Blocks in the tables of freed owners that have pins."""
@@ -259,7 +257,7 @@ class BlockPool:
             return
         self._generation[block] += 1
         if self._hash[block] is None:
-            self._forget_plan_of(block)
+            self._planned.forget(block)
             heapq.heappush(self._free_blocks, block)
         else:
             self._cached[block] = None
@@ -289,7 +287,7 @@ class BlockPool:
         if holding.is_freed:
             return
         block = holding.block_ids[index]
-        self._forget_plan_of(block)
+        self._planned.forget(block)
         if self._hash[block] is None and block_hash not in self._block_of_hash:
             self._hash[block] = block_hash
             self._block_of_hash[block_hash] = block
@@ -338,11 +336,9 @@ class BlockPool:
         """Note that a step on its way to a worker fills these blocks with these contents."""
         if not self.enable_prefix_caching:
             return
-        planned, sealed = self._planned, self._block_of_hash
         for block, block_hash in zip(block_ids, block_hashes, strict=True):
-            if block_hash not in planned and block_hash not in sealed:
-                planned[block_hash] = block
-                self._planned_hash[block] = block_hash
+            if block_hash not in self._block_of_hash:
+                self._planned.add(block, block_hash)
 
     def find_joinable(self, block_hashes: Sequence[bytes], first: int, end: int) -> int:
         """Return the end of the contents from ``first`` to at most ``end`` that the pool has, or that steps fill."""
@@ -372,12 +368,6 @@ class BlockPool:
     def forget_planned(self) -> None:
         """Share no block that is planned now before it is sealed: the step that was to fill it may have been lost."""
         self._planned.clear()
-        self._planned_hash.clear()
-
-    def _forget_plan_of(self, block: int) -> None:
-        block_hash = self._planned_hash.pop(block, None)
-        if block_hash is not None:
-            del self._planned[block_hash]
 
     # --- block tables and handles ----------------------------------------------------------------
 
@@ -437,33 +427,8 @@ class BlockPool:
         assert sorted(self._cached) == cached, "the cached blocks are not those with a hash and no owner"
         hashes = {contents: block for block, contents in enumerate(self._hash) if contents is not None}
         assert hashes == self._block_of_hash, "hash index and blocks disagree"
-        assert self._planned_hash == {block: contents for contents, block in self._planned.items()}
-        assert all(owners[block] and self._hash[block] is None for block in self._planned_hash), "a plan outlives it"
+        planned = self._planned.blocks()
+        assert all(owners[block] and self._hash[block] is None for block in planned), "a plan outlives its block"
         freed = [holding for holding in self._holdings.values() if holding.is_freed]
         assert sum(len(holding.block_ids) for holding in freed) == self.num_pending_blocks, "pending is miscounted"
         assert all(holding.pins for holding in freed), "a freed owner without pins still has blocks"
-
-
-def extend_block_hashes(
-    hashes: list[bytes], token_ids: Sequence[int], block_size: int, salt: str | None = None
-) -> None:
-    """Append to ``hashes`` the hashes of the full blocks of ``token_ids`` that it lacks.
-
-    A block's hash covers its tokens and, through the hash of the block before it, all tokens before them, because KV
-    depends on the whole prefix. A collision would serve the KV of another prompt. With 128 bits of BLAKE2b it does not
-    happen, and cannot be made to happen on purpose. Two prompts with different ``salt`` have no hash in common.
-    """
-    num_known, num_blocks = len(hashes), len(token_ids) // block_size
-    if num_known >= num_blocks:
-        return
-    tokens = array("i", token_ids[num_known * block_size : num_blocks * block_size])
-    data, block_bytes = tokens.tobytes(), block_size * tokens.itemsize
-    parent = hashes[-1] if hashes else _salt_hash(salt)
-    for begin in range(0, len(data), block_bytes):
-        parent = blake2b(parent + data[begin : begin + block_bytes], digest_size=16).digest()
-        hashes.append(parent)
-
-
-def _salt_hash(salt: str | None) -> bytes:
-    """Return what precedes the first block: nothing, or a hash that no tokens can have, whatever the salt."""
-    return b"" if salt is None else blake2b(salt.encode(), digest_size=16, person=b"cache_salt").digest()

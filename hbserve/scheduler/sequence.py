@@ -19,7 +19,8 @@ from enum import StrEnum
 
 import msgspec
 
-from hbserve.kv_cache.block_pool import BlockPool, extend_block_hashes
+from hbserve.kv_cache.block_contents import extend_block_hashes
+from hbserve.kv_cache.block_pool import BlockPool
 from hbserve.messages.client import AddRequest
 from hbserve.messages.worker import SequenceState
 from hbserve.metrics.request_metrics import RequestMetrics

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hbserve.kv_cache import block_pool
+from hbserve.kv_cache import block_contents
 from hbserve.kv_cache.block_pool import BlockPool
 from hbserve.messages.client import RequestOutput
 from hbserve.messages.tiers import TierResult
@@ -177,7 +177,7 @@ def a_prefix_hash_forgets_what_was_before_the_block(patch: Patch) -> None:
         for index in range(len(hashes), len(token_ids) // block_size):
             block = token_ids[index * block_size : (index + 1) * block_size]
             alone: list[bytes] = []
-            block_pool.extend_block_hashes(alone, block, block_size, salt)
+            block_contents.extend_block_hashes(alone, block, block_size, salt)
             hashes += alone
 
     patch.setattr(sequence_module, "extend_block_hashes", extend)

@@ -23,7 +23,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from hbserve.config import InstanceRole
 from hbserve.errors import StaleBlockError
-from hbserve.kv_cache.block_pool import TRANSITIONS, BlockHandle, BlockPool, BlockState, extend_block_hashes
+from hbserve.kv_cache.block_contents import extend_block_hashes
+from hbserve.kv_cache.block_pool import TRANSITIONS, BlockHandle, BlockPool, BlockState
 
 BLOCK_SIZE = 4
 TOTAL = 12
