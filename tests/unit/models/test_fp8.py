@@ -125,7 +125,7 @@ def test_on_load_every_row_is_within_half_a_step(tmp_path: Path) -> None:
 )
 def test_experts_have_quantised_weights_and_plain_inputs(name: str, family: str, tmp_path: Path) -> None:
     """The same as a checkpoint with the dequantised weights; only inputs of an expert of every token are rounded."""
-    shape: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2}
+    shape: dict[str, Any] = {"hidden_size": 320, "moe_intermediate_size": 192, "num_hidden_layers": 2}
     shape["attention_bias"] = False
     has_shared = family != "qwen3_moe"
     if has_shared:  # a second layer's router would choose other experts for rounded inputs
