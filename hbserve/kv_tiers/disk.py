@@ -9,8 +9,10 @@ the medium: after a loss of power, headers and blocks may disagree, which the ch
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
+import stat
 import struct
 import threading
 import time
@@ -32,6 +34,23 @@ _HEADER = struct.Struct("<16sqQ")  # key, checksum, time of the store in ns; the
 
 class DiskTierError(HBServeError):
     """The disk tier cannot be used here."""
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a file of this user's; return its descriptor.
+
+    The name can be guessed, and others may write in the folder: a link would lead the tier to any file of this user's,
+    and a file of another user's would show them the blocks.
+
+    Raises:
+        OSError: also if it is a link, no file, or another user's.
+    """
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    kind = os.fstat(file)
+    if not stat.S_ISREG(kind.st_mode) or kind.st_uid != os.geteuid():
+        os.close(file)
+        raise OSError(errno.EPERM, "it is not a file of this user's; remove it, or choose another kv_cache.disk.path")
+    return file
 
 
 class DiskTier(SlotTier):
@@ -60,10 +79,11 @@ class DiskTier(SlotTier):
         path = self._path(rank)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._file = _open(path, os.O_RDWR | os.O_CREAT)
             self._reserve(max(1, self._first + self.num_slots * self._stride))
         except OSError as error:
-            raise DiskTierError(f"kv_cache.disk: {path}: {error.strerror}") from None
+            what = "it is a link; remove it" if error.errno == errno.ELOOP else error.strerror
+            raise DiskTierError(f"kv_cache.disk: {path}: {what}") from None
 
     def _reserve(self, num_bytes: int) -> None:
         before = os.fstat(self._file).st_size
@@ -138,7 +158,7 @@ class DiskTier(SlotTier):
     def _headers(self, rank: int) -> dict[int, tuple[bytes, int, int]]:
         """Read the whole headers of a rank's file, by slot: key, checksum, time; empty if there is no file."""
         headers: dict[int, tuple[bytes, int, int]] = {}
-        with contextlib.suppress(OSError), self._path(rank).open("rb") as file:
+        with contextlib.suppress(OSError), open(_open(self._path(rank), os.O_RDONLY), "rb") as file:
             table = file.read(self.num_slots * _HEADER_BYTES)
             for slot in range(len(table) // _HEADER_BYTES):
                 header = table[slot * _HEADER_BYTES : slot * _HEADER_BYTES + _HEADER.size + 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,19 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(DiskTierError, match=r"kv_cache.disk: .*\.kv: "):
         DiskTier(config, NAME, 0, 1, BLOCK_BYTES)
     assert [path.stat().st_size for path in (tmp_path / "big").iterdir()] == [0]
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe", "folder"])
+def test_what_others_may_have_put_in_the_files_place_is_refused(kind: str, tmp_path: Path) -> None:
+    path, target = tmp_path / f"{NAME}-0of1.kv", tmp_path / "precious"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(target)
+    if kind == "link":
+        target.write_text("precious")
+    with pytest.raises(DiskTierError, match=f"kv_cache.disk: {path}: "):
+        open_slots(tmp_path)
+    assert (target.read_text() if target.exists() else None) == ("precious" if kind == "link" else None)
