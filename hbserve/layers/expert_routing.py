@@ -1,15 +1,14 @@
-"""A Triton kernel that chooses experts and groups the tokens by expert; nothing waits for the host.
+"""Triton kernels that choose experts and group the tokens by expert; nothing waits for the host.
 
-A pair is a token and one of its experts: pair ``token * num_chosen + i``. Each expert has room for as many pairs as
-there are tokens. Its pairs are cut into tiles of some rows, so that a tile reads the weights of one expert only::
+A pair is a token and one of its experts: pair ``token * num_chosen + i``. `group_pairs` sorts pairs by expert and cuts
+each expert's pairs into tiles of ``tile_rows`` rows, so that a tile reads the weights of one expert only::
 
-    expert       2                 5                 7
-    pairs        a b c d e - - -   f - - - - - - -   g h i - - - - -        room for 8 tokens each
-    tiles of 4  [a b c d][e - - ] [f - - -]         [g h i -]
+    expert       2             5             7
+    pairs        a b c d e     f             g h i j k l m n
+    tiles of 4  [a b c d][e   ][f          ][g h i j][k l m n]
 
-Each program chooses the experts of one token and writes its pairs; the last program to end makes the list of tiles. The
-order of an expert's pairs depends on the order of atomic additions. That changes no result: rows of a tile are computed
-independently of each other.
+The last tile of an expert may have empty rows. The order of an expert's pairs depends on the order of atomic additions.
+That changes no result: rows of a tile are computed independently of each other.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hbserve.model_families.declaration import Experts
 from hbserve.platform.cuda_driver import overlaps
 
+_BLOCK_PAIRS = 512
+
 
 class Choice(NamedTuple):
     """The experts of some tokens.
@@ -32,25 +33,26 @@ class Choice(NamedTuple):
     Attributes:
         experts: int32 ``[tokens, chosen]``, counted from this rank's first; -1: another rank's, or a padded token.
         weights: ``[tokens, chosen]``, in the dtype of the router's outputs.
+        places: int32 ``[tokens, chosen]``, the place of a pair among those of its expert.
     """
 
     experts: Tensor
     weights: Tensor
+    places: Tensor
 
 
 class Groups(NamedTuple):
     """Pairs by expert.
 
     Attributes:
-        pairs: int32 ``[experts * tokens]``; places without a pair are undefined.
-        tile_experts, tile_places: int32 ``[tiles]``, the expert of a tile, and the place of its first pair.
-        ends: int32 ``[experts]``, the place after the last pair of an expert.
-        num_tiles: int32 ``[1]``; later entries of the lists of tiles are undefined.
+        pairs: int32, the pairs in the order of the tiles' rows; empty rows are undefined.
+        tile_experts: int32 ``[tiles]``.
+        ends: int32 ``[experts]``, the row after the last pair of an expert.
+        num_tiles: int32 ``[1]``; later entries of ``tile_experts`` are undefined.
     """
 
     pairs: Tensor
     tile_experts: Tensor
-    tile_places: Tensor
     ends: Tensor
     num_tiles: Tensor
 
@@ -141,36 +143,13 @@ def choose_of_token(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _list_tiles(  # type: ignore[no-untyped-def]
-    counts, tile_experts, tile_places, ends, num_tiles, num_tokens, num_local,
-    block: tl.constexpr, tile_rows: tl.constexpr,
-):  # fmt: skip
-    """Cut the pairs of each expert into tiles, and set the counts to zero."""
-    experts = tl.arange(0, block)
-    mask = experts < num_local
-    pairs = tl.load(counts + experts, mask=mask, other=0, cache_modifier=".cg")  # other programs have added to it
-    tiles = (pairs + tile_rows - 1) // tile_rows
-    first = tl.cumsum(tiles, axis=0) - tiles
-    place = experts * num_tokens
-    tl.store(ends + experts, place + pairs, mask=mask)
-    tl.store(num_tiles, tl.sum(tiles, axis=0))
-    tl.store(counts + experts, tl.zeros([block], tl.int32), mask=mask)  # as the next layer needs them
-    for tile in range(0, tl.max(tiles, axis=0)):
-        tl.store(tile_experts + first + tile, experts, mask=tile < tiles)
-        tl.store(tile_places + first + tile, place + tile * tile_rows, mask=tile < tiles)
-
-
-@triton.jit
 def _choose_kernel(  # type: ignore[no-untyped-def]
-    logits, bias, slots, chosen, weights, counts, counter, totals, pairs, tile_experts, tile_places, ends, num_tiles,
-    first_expert, num_local, scale,
+    logits, bias, slots, chosen, weights, places, counts, totals, first_expert, num_local, scale,
     num_experts: tl.constexpr, num_chosen: tl.constexpr, chosen_lanes: tl.constexpr, num_groups: tl.constexpr,
     num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr, is_sigmoid: tl.constexpr,
-    has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr, block: tl.constexpr,
-    tile_rows: tl.constexpr, overlap: tl.constexpr,
+    has_bias: tl.constexpr, is_renormalised: tl.constexpr, has_slots: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    num_tokens = tl.num_programs(0)
     is_real = True
     if has_slots:
         is_real = tl.load(slots + token) >= 0
@@ -182,19 +161,14 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
         num_chosen_groups, group_lanes, member_lanes, is_sigmoid, has_bias, is_renormalised,
     )  # fmt: skip
     lanes = tl.arange(0, chosen_lanes)
-    pair = token * num_chosen + lanes
+    pairs = token * num_chosen + lanes
     in_row = lanes < num_chosen
     local = experts - first_expert
     is_local = in_row & is_real & (local >= 0) & (local < num_local)
-    place = tl.atomic_add(counts + local, 1, mask=is_local)
-    tl.store(pairs + local * num_tokens + place, pair.to(tl.int32), mask=is_local)
-    tl.store(chosen + pair, tl.where(is_local, local, -1), mask=in_row)
-    tl.store(weights + pair, shares.to(weights.dtype.element_ty), mask=in_row)
+    tl.store(chosen + pairs, tl.where(is_local, local, -1), mask=in_row)
+    tl.store(weights + pairs, shares.to(weights.dtype.element_ty), mask=in_row)
     tl.atomic_add(totals + experts, 1, mask=in_row & is_real)
-    tl.debug_barrier()  # all additions of the program come before its count
-    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_tokens - 1:
-        tl.store(counter, 0)  # for the next layer
-        _list_tiles(counts, tile_experts, tile_places, ends, num_tiles, num_tokens, num_local, block, tile_rows)
+    tl.store(places + pairs, tl.atomic_add(counts + local, 1, mask=is_local), mask=is_local)
 
 
 def choose(
@@ -205,31 +179,79 @@ def choose(
     slots: Tensor | None,
     totals: Tensor,
     counts: Tensor,
-    counter: Tensor,
-    groups: Groups,
-    tile_rows: int,
 ) -> Choice:
-    """Compute `hbserve.layers.experts.choose_experts` of ``logits [tokens, experts]``, and fill ``groups``.
+    """Compute `hbserve.layers.experts.choose_experts` of ``logits [tokens, experts]``.
 
     Args:
         local: first and number of this rank's experts.
         slots: int64 ``[tokens]``, negative for a padded token, which gets no expert; None: no token is padded.
         totals: int64 ``[experts]``; the pairs of each expert of any rank are added.
-        counts, counter: int32 ``[local experts]`` and ``[1]``, zero before and after.
-        groups: memory of `max_tiles` tiles of ``tile_rows`` rows.
+        counts: int32 ``[local experts]``, zero before; the pairs of each local expert are added.
     """
     num_tokens, num_experts = logits.shape
     shape, device = (num_tokens, experts.num_chosen), logits.device
-    chosen = torch.empty(shape, dtype=torch.int32, device=device)
+    chosen, places = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
     weights = torch.empty(shape, dtype=logits.dtype, device=device)
     overlap = overlaps(device)
     _choose_kernel[(num_tokens,)](
-        logits, logits if bias is None else bias, logits if slots is None else slots, chosen, weights,
-        counts, counter, totals, *groups, *local, experts.scale, *Choosing.of(experts, bias), slots is not None,
-        triton.next_power_of_2(local[1]), tile_rows, overlap,
+        logits, logits if bias is None else bias, logits if slots is None else slots, chosen, weights, places,
+        counts, totals, *local, experts.scale, *Choosing.of(experts, bias), slots is not None, overlap,
         num_warps=max(1, min(4, triton.next_power_of_2(num_experts) // 256)), launch_pdl=overlap,
     )  # fmt: skip
-    return Choice(chosen, weights)
+    return Choice(chosen, weights, places)
+
+
+@triton.jit
+def _cut_kernel(  # type: ignore[no-untyped-def]
+    counts, starts, ends, tile_experts, num_tiles, num_experts,
+    block: tl.constexpr, tile_rows: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
+    experts = tl.arange(0, block)
+    mask = experts < num_experts
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    pairs = tl.load(counts + experts, mask=mask, other=0)
+    tiles = (pairs + tile_rows - 1) // tile_rows
+    first = tl.cumsum(tiles, axis=0) - tiles
+    tl.store(starts + experts, first * tile_rows, mask=mask)
+    tl.store(ends + experts, first * tile_rows + pairs, mask=mask)
+    tl.store(num_tiles, tl.sum(tiles, axis=0))
+    tl.store(counts + experts, tl.zeros([block], tl.int32), mask=mask)  # as the next layer needs them
+    for tile in range(0, tl.max(tiles, axis=0)):
+        tl.store(tile_experts + first + tile, experts, mask=tile < tiles)
+
+
+@triton.jit
+def _sort_kernel(  # type: ignore[no-untyped-def]
+    chosen, places, starts, sorted_pairs, num_pairs, block: tl.constexpr, overlap: tl.constexpr
+):
+    pairs = tl.program_id(0) * block + tl.arange(0, block)
+    if overlap:
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.load(chosen + pairs, mask=pairs < num_pairs, other=-1)
+    is_local = expert >= 0
+    place = tl.load(places + pairs, mask=is_local, other=0) + tl.load(starts + expert, mask=is_local, other=0)
+    tl.store(sorted_pairs + place, pairs, mask=is_local)
+
+
+def group_pairs(choice: Choice, counts: Tensor, groups: Groups, starts: Tensor, tile_rows: int) -> None:
+    """Fill ``groups``; ``counts`` are what `choose` has counted, and are zero afterwards.
+
+    Args:
+        groups, starts: memory of `max_tiles` tiles and ``tile_rows`` times as many rows, and of all local experts.
+    """
+    overlap = overlaps(counts.device)
+    block = triton.next_power_of_2(len(counts))
+    _cut_kernel[(1,)](
+        counts, starts, groups.ends, groups.tile_experts, groups.num_tiles, len(counts), block, tile_rows, overlap,
+        num_warps=4, launch_pdl=overlap,
+    )  # fmt: skip
+    num_pairs = choice.experts.numel()
+    _sort_kernel[(triton.cdiv(num_pairs, _BLOCK_PAIRS),)](
+        choice.experts, choice.places, starts, groups.pairs, num_pairs, _BLOCK_PAIRS, overlap, launch_pdl=overlap
+    )
 
 
 def max_tiles(num_pairs: int, num_experts: int, tile_rows: int) -> int:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.layers.expert_routing import Choice, Groups, choose, max_tiles
+from hbserve.layers.expert_routing import Choice, Groups, choose, group_pairs, max_tiles
 from hbserve.layers.expert_rows import Norm, activate, mix_row, scales_of
 from hbserve.layers.experts import ExpertWeights, router_logits
 from hbserve.layers.many_experts import ChainedTiles, ScaledTiles, mix_pairs_chained, mix_pairs_scaled
@@ -63,8 +63,6 @@ _MANY_IN_BLOCKS = (300, ScaledTiles(64, up=(4, 3), down=(4, 4))), (math.inf, Sca
 
 _FLOAT32 = _Tiles(32, 64, 32, 4, 2)
 
-_INPUT_UNIT = tl.constexpr(64)
-
 
 def _tiles(
     num_pairs: int, experts: Experts, dtype: torch.dtype, weights: ExpertWeights
@@ -80,18 +78,6 @@ def _tiles(
     if weights.up_scale.dim() == 1 and mean > min_in_rows:
         return in_rows
     return next(tiles for pairs, tiles in _MANY_IN_BLOCKS if mean <= pairs)
-
-
-@triton.jit
-def _divided(values):  # type: ignore[no-untyped-def]
-    """Return inputs of weights in FP8: in float16, divided by `_INPUT_UNIT`.
-
-    One instruction makes two numbers of float16 out of FP8, which has no others. Each of bfloat16 takes an instruction
-    more, and a multiprocessor does only 16 of those at a time: products of few rows waited for them. Divided, inputs
-    may be as large as 4 million. What is lost are parts below 2 ** -18.
-    """
-    # in this order: LLVM turns a product in float32 into one in float16, which has no such large numbers
-    return (values * (1 / _INPUT_UNIT)).to(tl.float32).to(tl.float16)
 
 
 @triton.jit
@@ -121,10 +107,10 @@ def _clamped_swiglu(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit
 def _grouped_up_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, bias, pairs, tile_experts, tile_places, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
+    x, weight, scale, bias, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, precision: tl.constexpr, is_divided: tl.constexpr, has_bias: tl.constexpr,
-    is_clamped: tl.constexpr, overlap: tl.constexpr,
+    num_scales: tl.constexpr, precision: tl.constexpr, has_bias: tl.constexpr, is_clamped: tl.constexpr,
+    overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -133,7 +119,7 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     if tile < tl.load(num_tiles):
         expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tl.load(tile_places + tile) + tl.arange(0, rows)
+        row = tile * rows + tl.arange(0, rows)
         in_rows, in_columns = row < tl.load(ends + expert), column < num_columns
         pair = tl.load(pairs + row, mask=in_rows, other=0)
         lanes = tl.arange(0, step)
@@ -147,8 +133,6 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
         for begin in range(0, size, step):
             in_row = lanes < size - begin
             values = tl.load(inputs + begin, mask=in_rows[:, None] & in_row[None, :], other=0.0)
-            if is_divided:
-                values = _divided(values)
             mask = in_columns[None, :] & in_row[:, None]
             gate_weights = tl.load(gates + begin, mask=mask, other=0.0)
             up_weights = tl.load(ups + begin, mask=mask, other=0.0)
@@ -158,9 +142,6 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
             up = _add_product(
                 up, values, up_weights, scale, up_row, in_columns, begin, scale_rows, num_scales, precision
             )
-        if is_divided:
-            gate *= _INPUT_UNIT
-            up *= _INPUT_UNIT
         if num_scales == 1:
             gate *= tl.load(scale + gate_row // scale_rows, mask=in_columns, other=0.0)[None, :]
             up *= tl.load(scale + up_row // scale_rows, mask=in_columns, other=0.0)[None, :]
@@ -169,20 +150,17 @@ def _grouped_up_kernel(  # type: ignore[no-untyped-def]
             gate += tl.load(bias + gate_row, mask=in_columns, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + up_row, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         if is_clamped:
-            activated = _clamped_swiglu(gate, up, x.dtype.element_ty)
+            activated = _clamped_swiglu(gate, up, out.dtype.element_ty)
         else:
-            activated = activate(gate, up, x.dtype.element_ty)
-        if is_divided:
-            activated = _divided(activated)
+            activated = activate(gate, up, out.dtype.element_ty)
         tl.store(target, activated, mask=in_rows[:, None] & in_columns[None, :])
 
 
 @triton.jit
 def _grouped_down_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, bias, pairs, tile_experts, tile_places, ends, num_tiles, weights, out, num_columns, num_blocks,
+    x, weight, scale, bias, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, precision: tl.constexpr, is_divided: tl.constexpr, has_bias: tl.constexpr,
-    overlap: tl.constexpr,
+    num_scales: tl.constexpr, precision: tl.constexpr, has_bias: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // num_blocks
     column = (tl.program_id(0) % num_blocks) * columns + tl.arange(0, columns)
@@ -191,7 +169,7 @@ def _grouped_down_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     if tile < tl.load(num_tiles):
         expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tl.load(tile_places + tile) + tl.arange(0, rows)
+        row = tile * rows + tl.arange(0, rows)
         in_rows, in_columns = row < tl.load(ends + expert), column < num_columns
         pair = tl.load(pairs + row, mask=in_rows, other=0).to(tl.int64)
         lanes = tl.arange(0, step)
@@ -207,8 +185,6 @@ def _grouped_down_kernel(  # type: ignore[no-untyped-def]
             total = _add_product(
                 total, values, matrix, scale, matrix_row, in_columns, begin, scale_rows, num_scales, precision
             )
-        if is_divided:
-            total *= _INPUT_UNIT
         if num_scales == 1:
             total *= tl.load(scale + matrix_row // scale_rows, mask=in_columns, other=0.0)[None, :]
         if has_bias:
@@ -297,10 +273,9 @@ class GroupedExperts:
         assert norm is None, "only the kernels for one token compute a norm"
         logits = router_logits(x, weights, self._experts)
         memory = self._group_memory(x, weights)
-        choice = choose(
-            logits, weights.router_bias, self._experts, self._local, slots, totals, self._counts, self._counter,
-            memory.groups, memory.tiles.rows,
-        )  # fmt: skip
+        # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
+        choice = choose(logits, weights.router_bias, self._experts, self._local, slots, totals, self._counts)
+        group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
         if isinstance(memory.tiles, ChainedTiles):
             mix_pairs_chained(x, weights, choice, memory.groups, memory.tiles, memory.rows)
         elif isinstance(memory.tiles, ScaledTiles):
@@ -317,9 +292,10 @@ class GroupedExperts:
         num_pairs, num_experts = x.shape[0] * self._experts.num_chosen, self._local[1]
         tiles = _tiles(num_pairs, self._experts, x.dtype, weights)
         count = max_tiles(num_pairs, num_experts, tiles.rows)
-        sizes = (x.shape[0] * num_experts, count, count, num_experts, 1)
-        groups = Groups(*(torch.empty(size, dtype=torch.int32, device=x.device) for size in sizes))
-        return _GroupMemory(groups, tiles, x.new_empty(num_pairs, x.shape[1]))
+        sizes = (count * tiles.rows, count, num_experts, 1, num_experts)
+        *groups, starts = (torch.empty(size, dtype=torch.int32, device=x.device) for size in sizes)
+        rows = x.new_empty(num_pairs, x.shape[1])
+        return _GroupMemory(Groups(*groups), starts, tiles, rows)
 
     def _mix_pairs(
         self, x: Tensor, weights: ExpertWeights, choice: Choice, memory: _GroupMemory, tiles: _Tiles
@@ -327,9 +303,7 @@ class GroupedExperts:
         """Compute a weighted row for each pair of a token and an expert."""
         hidden, inner, num_chosen = x.shape[1], weights.down.shape[1], self._experts.num_chosen
         groups = memory.groups
-        is_divided = weights.up_scale is not None and x.dtype.itemsize == 2
-        dtype = torch.float16 if is_divided else x.dtype
-        pairs = torch.empty(x.shape[0] * num_chosen, inner, dtype=dtype, device=x.device)
+        pairs = x.new_empty(x.shape[0] * num_chosen, inner)
         up, down = scales_of(weights.up, weights.up_scale), scales_of(weights.down, weights.down_scale)
         precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of float32 products only
         overlap = overlaps(x.device)
@@ -338,13 +312,13 @@ class GroupedExperts:
         _grouped_up_kernel[(len(groups.tile_experts) * num_blocks,)](
             x, weights.up, up.scale, weights.up if weights.up_bias is None else weights.up_bias, *groups, pairs, inner,
             num_chosen, num_blocks, hidden, tiles.rows, tiles.columns // 2, tiles.step, up.block_rows, up.num_scales,
-            precision, is_divided, weights.up_bias is not None, self._is_clamped, overlap, **options,
+            precision, weights.up_bias is not None, self._is_clamped, overlap, **options,
         )  # fmt: skip
         num_blocks = triton.cdiv(hidden, tiles.columns)
         _grouped_down_kernel[(len(groups.tile_experts) * num_blocks,)](
             pairs, weights.down, down.scale, pairs if weights.down_bias is None else weights.down_bias, *groups,
             choice.weights, memory.rows, hidden, num_blocks, inner,
-            tiles.rows, tiles.columns, tiles.step, down.block_rows, down.num_scales, precision, is_divided,
+            tiles.rows, tiles.columns, tiles.step, down.block_rows, down.num_scales, precision,
             weights.down_bias is not None, overlap, **options,
         )  # fmt: skip
 
@@ -353,5 +327,6 @@ class _GroupMemory(NamedTuple):
     """Memory of a grouped step. Attributes: rows: ``[pairs, hidden]``, the weighted outputs."""
 
     groups: Groups
+    starts: Tensor
     tiles: _Tiles | ScaledTiles | ChainedTiles
     rows: Tensor

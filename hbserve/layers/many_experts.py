@@ -63,9 +63,9 @@ def _inner_sum(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _chained_up_kernel(  # type: ignore[no-untyped-def]
-    x, x_scale, weight, scale, pairs, tile_experts, tile_places, ends, num_tiles, out, num_columns, num_chosen,
-    num_blocks, size: tl.constexpr, rows: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr,
-    has_scales: tl.constexpr, overlap: tl.constexpr,
+    x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, out, num_columns, num_chosen, num_blocks,
+    size: tl.constexpr, rows: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr, has_scales: tl.constexpr,
+    overlap: tl.constexpr,
 ):  # fmt: skip
     """Compute 128 columns of ``silu(gate) * up`` for one tile of pairs: gate and up take turns in one product."""
     tile, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
@@ -74,7 +74,7 @@ def _chained_up_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     if tile < tl.load(num_tiles):
         expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tl.load(tile_places + tile) + tl.arange(0, rows)
+        row = tile * rows + tl.arange(0, rows)
         in_rows = row < tl.load(ends + expert)
         pair = tl.load(pairs + row, mask=in_rows, other=0)
         token = (pair // num_chosen).to(tl.int64)
@@ -98,7 +98,7 @@ def _chained_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _chained_down_kernel(  # type: ignore[no-untyped-def]
-    x, x_scale, weight, scale, pairs, tile_experts, tile_places, ends, num_tiles, weights, out, num_columns, num_blocks,
+    x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, step: tl.constexpr, scale_rows: tl.constexpr, has_scales: tl.constexpr,
     overlap: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def _chained_down_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     if tile < tl.load(num_tiles):
         expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tl.load(tile_places + tile) + tl.arange(0, rows)
+        row = tile * rows + tl.arange(0, rows)
         in_rows = row < tl.load(ends + expert)
         pair = tl.load(pairs + row, mask=in_rows, other=0).to(tl.int64)
         lanes = tl.arange(0, step)
@@ -175,9 +175,9 @@ class ScaledTiles(NamedTuple):
 
 @triton.jit
 def _scaled_up_kernel(  # type: ignore[no-untyped-def]
-    x, x_scale, weight, scale, pairs, tile_experts, tile_places, ends, num_tiles, out, out_scale, num_columns,
-    num_chosen, num_blocks, size: tl.constexpr, rows: tl.constexpr, scale_rows: tl.constexpr,
-    num_scales: tl.constexpr, has_equal_scales: tl.constexpr, dtype: tl.constexpr, overlap: tl.constexpr,
+    x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, out, out_scale, num_columns, num_chosen,
+    num_blocks, size: tl.constexpr, rows: tl.constexpr, scale_rows: tl.constexpr, num_scales: tl.constexpr,
+    has_equal_scales: tl.constexpr, dtype: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     """Compute 128 columns of ``silu(gate) * up`` for one tile of pairs."""
     num_groups: tl.constexpr = (size + 127) // 128
@@ -187,7 +187,7 @@ def _scaled_up_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     if tile < tl.load(num_tiles):
         expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tl.load(tile_places + tile) + tl.arange(0, rows)
+        row = tile * rows + tl.arange(0, rows)
         in_rows = row < tl.load(ends + expert)
         pair = tl.load(pairs + row, mask=in_rows, other=0)
         token = (pair // num_chosen).to(tl.int64)
@@ -241,7 +241,7 @@ def _scaled_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scaled_down_kernel(  # type: ignore[no-untyped-def]
-    x, x_scale, weight, scale, pairs, tile_experts, tile_places, ends, num_tiles, weights, out, num_columns, num_blocks,
+    x, x_scale, weight, scale, pairs, tile_experts, ends, num_tiles, weights, out, num_columns, num_blocks,
     size: tl.constexpr, rows: tl.constexpr, scale_rows: tl.constexpr, num_scales: tl.constexpr,
     has_equal_scales: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +253,7 @@ def _scaled_down_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     if tile < tl.load(num_tiles):
         expert = tl.load(tile_experts + tile).to(tl.int64)
-        row = tl.load(tile_places + tile) + tl.arange(0, rows)
+        row = tile * rows + tl.arange(0, rows)
         in_rows = row < tl.load(ends + expert)
         pair = tl.load(pairs + row, mask=in_rows, other=0).to(tl.int64)
         lanes = tl.arange(0, 128)

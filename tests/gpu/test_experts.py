@@ -204,18 +204,6 @@ def test_experts_in_fp8(has_blocks: bool, num_tokens: int) -> None:
     assert_close(mix_experts(x, weights, experts, silu_and_mul, totals_of(experts)[0]), expected(x, weights, experts))
 
 
-@pytest.mark.parametrize("has_blocks", [False, True])
-def test_large_inputs_of_experts_in_fp8(has_blocks: bool) -> None:
-    """Inner values are beyond the range of float16, in which such products are computed."""
-    experts = mixture(16, 4)
-    weights = quantised(parameters(experts, 1.0), has_blocks)
-    x = random(20, HIDDEN, scale=300)
-    target = expected(x, weights, experts)
-    out = torch.full_like(x, math.nan)
-    GroupedExperts(experts, (0, 16), totals_of(experts)).mix(1, x, weights, None, out)
-    assert_close(out, target)
-
-
 @pytest.mark.parametrize("num_tokens", [300, 1300])
 def test_experts_in_blocks_of_128(num_tokens: int) -> None:
     experts = dataclasses.replace(mixture(8, 2), inner_size=256)
