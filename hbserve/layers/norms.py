@@ -5,7 +5,7 @@
     gemma_rms  round((1 + w) * x / sqrt(m + eps))
     layer      w * (x - mean) / sqrt(variance + eps) + b    Ba et al. 2016; the parameters are ``w | b`` in one vector
     layer_1p   the same with 1 + w
-    plain_layer  round(w * (x - mean) / sqrt(variance + eps)), without b
+    plain_layer  round(w * (x - mean) / sqrt(variance + eps)), without b; w may differ by head
 
 ``round`` is to the dtype of x; all else is computed in float32. In bfloat16 the order of both changes the result.
 """
@@ -47,7 +47,7 @@ def _layer_norm_1p(x: Tensor, parameters: Tensor, eps: float) -> Tensor:
 
 
 def _plain_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x.float(), weight.shape, weight.float(), None, eps).to(x.dtype)
+    return (F.layer_norm(x.float(), weight.shape[-1:], None, None, eps) * weight.float()).to(x.dtype)
 
 
 NORMS: dict[NormKind, Norm] = {

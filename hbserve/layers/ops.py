@@ -33,8 +33,8 @@ _UP_ROWS = 2048
 """Rows of a slice of the first product of the feed-forward layer: enough for full speed."""
 
 HeadNorms = tuple[Tensor, Tensor] | None
-"""Parameters of the norms of q and k: ``[head_dim]``, or ``[heads * head_dim]`` where the norm is of the whole
-projection; None: the model has no such norms."""
+"""Parameters of the norms of q and k: ``[head_dim]``, ``[heads, head_dim]`` where each head has its own, or ``[heads *
+head_dim]`` where the norm is of the whole projection; None: the model has no such norms."""
 
 
 @dataclass

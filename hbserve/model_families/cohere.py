@@ -22,9 +22,10 @@ COHERE = Family(
     qkv_bias="attention_bias",
     o_bias="attention_bias",
     is_interleaved=True,
+    qk_norm="own",
+    qk_norm_key="use_qk_norm",
     scales=_scales,
     keys=("logit_scale",),
-    fixed={"use_qk_norm": (False, None)},
 )
 
 COHERE2 = Family(

@@ -116,9 +116,10 @@ class Family:
         norms: where a layer has norms.
         is_parallel: the feed-forward layer reads what attention reads, not the sum with its output (Wang and
             Komatsuzaki 2021, GPT-J).
-        qk_norm: RMS norms of queries and keys before the rotary embedding: of each ``head``, or of the whole
-            ``projection``; None: there are none. ``qk_norm_key`` is a key of ``config.json`` without which there are
-            none; None: no key matters. ``qk_norm_names`` are their names in the checkpoint.
+        qk_norm: norms of queries and keys before the rotary embedding: of each ``head``, of each head with its ``own``
+            weights, or RMS norms of the whole ``projection``; None: there are none. ``qk_norm_key`` is a key of
+            ``config.json`` without which there are none; None: no key matters. ``qk_norm_names`` are their names in the
+            checkpoint.
         has_qk_norm_after_rope: these norms come after the rotary embedding instead.
         qkv, up: names of matrices that read one input, in the order of their rows. One name for several matrices is a
             tensor that holds all of them.
@@ -164,7 +165,7 @@ class Family:
     norm: NormKind = "rms"
     norms: LayerNorms = LayerNorms()
     is_parallel: bool = False
-    qk_norm: Literal["head", "projection"] | None = None
+    qk_norm: Literal["head", "own", "projection"] | None = None
     qk_norm_key: str | None = None
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
     has_qk_norm_after_rope: bool = False

@@ -194,8 +194,11 @@ class Sharding:
         if family.qk_norm is not None and spec.has_qk_norm:
             whole = _Slice(head_dim, [0, head_dim])
             for name, source, rows in zip(("q_norm", "k_norm"), family.qk_norm_names, (q, k), strict=True):
-                size, bounds = rows if family.qk_norm == "projection" else whole
-                yield name, (_part(f"{attention}{source}.weight", (size,), *bounds),)
+                size, bounds = whole if family.qk_norm == "head" else rows
+                shape: tuple[int, ...] = (size,)
+                if family.qk_norm == "own":
+                    shape, bounds = (size // head_dim, head_dim), [row // head_dim for row in bounds]
+                yield name, (_part(f"{attention}{source}.weight", shape, *bounds),)
         yield from self._row_parallel("o", spec.o_bias, f"{attention}{family.o}", q, spec.weight_format)
         if spec.experts is not None and spec.experts.layers[layer]:
             yield from self._experts(mlp, spec.experts)

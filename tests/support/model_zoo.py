@@ -401,6 +401,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "apertus": {"model_type": "apertus", "rope_parameters": _LLAMA3_ROPE},
     "internlm3": {"model_type": "internlm3", "head_dim": 16, "qkv_bias": True, "bias": True},
     "cohere": {"model_type": "cohere", "tie_word_embeddings": True, "logit_scale": 0.25},
+    "cohere_qk_norm": {
+        "model_type": "cohere",
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "logit_scale": 0.25,
+    },
     "cohere2": {
         "model_type": "cohere2",
         "tie_word_embeddings": True,
@@ -444,33 +451,12 @@ MODELS = {name: options for name, options in MODELS.items() if options["model_ty
 """The same without those that the installed transformers is too old for."""
 
 _SHARED = (
-    *(
-        "olmo3_long",
-        "qwen2_moe",
-        "glm4_moe_groups",
-        "dots1",
-        "phi3_long",
-        "vaultgemma",
-        "arcee",
-        "nemotron",
-        "jais2",
-        "stablelm",
-    ),
+    *("qwen2_moe", "glm4_moe_groups", "dots1", "phi3_long", "vaultgemma", "arcee", "nemotron", "jais2", "stablelm"),
     *("hyperclovax", "solar_open", "exaone_moe", "minimax_m2", "mellum", "ernie4_5_moe", "flex_olmo", "granitemoe"),
-    *("olmoe", "mistral_full", "cwm", "seed_oss", "ernie4_5", "helium"),
-    *(
-        "hy_v3",
-        "iquestcoder",
-        "granite_swa",
-        "granitemoe_swa",
-        "apertus",
-        "ministral3",
-        "internlm3",
-        "cohere",
-        "hunyuan",
-        "hunyuan_moe",
-    ),
+    *("olmoe", "mistral_full", "cwm", "seed_oss", "ernie4_5", "helium", "olmo3_long", "granitemoe_swa"),
+    *("hy_v3", "iquestcoder", "granite_swa", "apertus", "ministral3", "internlm3", "cohere", "hunyuan", "hunyuan_moe"),
     *("granitemoeshared", "granite4", "gemma3_with_images", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    "cohere_qk_norm",
 )
 OWN_ATTENTION = [name for name in MODELS if name not in _SHARED]
 """Models that do not share all of their attention with another one here."""
