@@ -64,6 +64,15 @@ models have about 40,000."""
 _CLASS, _MAX_COMPARED = "ForCausalLM", 100
 """End of most classes' names, and the part of a name that is compared with those of families."""
 
+_CAPTURED_FEATURES = {
+    "norms of kind gemma_rms",
+    "norms of a block's output",
+    "norms of whole projections",
+    "the activation gelu_tanh",
+    "the activation relu",
+}
+"""Those of `ModelSpec.unfused_features` whose plain torch operations have run in CUDA graphs."""
+
 _MAX_SCALE = 1e6
 """Bound of factors and soft caps: far above every published model, and finite in every dtype's products."""
 
@@ -141,6 +150,11 @@ class ModelSpec:
             "a factor of the residual": self.scales.residual != 1,
         }
         return [name for name, is_used in features.items() if is_used]
+
+    @property
+    def uncaptured_features(self) -> list[str]:
+        """Names of features whose operations were not tried in CUDA graphs."""
+        return [name for name in self.unfused_features if name not in _CAPTURED_FEATURES]
 
     @property
     def _activates_only_experts(self) -> bool:

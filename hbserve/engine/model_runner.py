@@ -194,6 +194,10 @@ class ModelRunner:
         if not self._decoder.can_be_captured:
             logger.warning("no CUDA graphs: there are no kernels for such experts; decode steps are slower")
             return
+        if self.spec.uncaptured_features:
+            features = ", ".join(self.spec.uncaptured_features)
+            logger.warning("no CUDA graphs: they were not tried with %s; decode steps are slower", features)
+            return
         reason = PagedDecode.supports(self.layout)
         if reason is not None:
             logger.warning("no CUDA graphs: the attention that can be captured %s; decode steps are slower", reason)

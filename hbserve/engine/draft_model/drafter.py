@@ -96,7 +96,8 @@ class ModelDrafter:
         from hbserve.engine.decode_graphs import DecodeGraphs
 
         spec = self._decoder.spec
-        can_be_captured = self._decoder.can_be_captured and PagedDecode.supports(self._layout) is None
+        can_be_captured = self._decoder.can_be_captured and not spec.uncaptured_features
+        can_be_captured = can_be_captured and PagedDecode.supports(self._layout) is None
         if self._graphs is not None or not can_be_captured:
             return pool
         heads = spec.num_heads // self._decoder.parallel.size
