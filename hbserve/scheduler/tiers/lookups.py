@@ -1,6 +1,6 @@
 """Lookups of new prompts in tiers that may hold blocks of other systems, or of this one before it was started again.
 
-A new request is not admitted before its lookup has been answered or is late. It is an ordinary waiting request
+A new request is not admitted before its lookup has been answered or takes too long. It is an ordinary waiting request
 meanwhile, with a time from which it may be admitted (`Sequence.retry_at`), so it is overtaken and aborted like others.
 """
 
@@ -21,7 +21,10 @@ from hbserve.scheduler.tiers.tracker import KVTiers
 from hbserve.scheduler.worker import WorkerHandle
 
 _MAX_WAIT_S = 1.0
-"""How long a request waits for its lookup, if ``kv_cache.timeout_s`` is not less. A store answers in milliseconds."""
+"""After which a lookup has failed, if ``kv_cache.timeout_s`` is not less. A store answers in milliseconds."""
+_PATIENCE, _MIN_PATIENCE_S = 0.25, 0.005
+"""A request waits for its lookup so long as a share of the predicted time to compute the blocks, and at least so many
+seconds: a store that is slow to answer must not cost more than it can save. Later answers are of use to others."""
 
 
 @dataclass(eq=False, slots=True)
@@ -63,9 +66,10 @@ class TierLookups:
                 keys = sequence.hashes(instance.pool.block_size)[
                     : (len(sequence.tokens) - 1) // instance.pool.block_size
                 ]
-                keys = keys[self._num_known(instance, keys) :]
-                if keys:
-                    self._ask(sequence, tier, worker, keys)
+                num_known = self._num_known(instance, keys)
+                if num_known < len(keys):
+                    compute_s = self._tiers.compute_s(instance, num_known, len(keys))
+                    self._ask(sequence, tier, worker, keys[num_known:], compute_s)
 
     def _num_known(self, instance: InstanceHandle, keys: Items[bytes]) -> int:
         """Count the blocks of a prompt, from the first on, that the pool or any tier is known to hold."""
@@ -74,9 +78,13 @@ class TierLookups:
             number += 1
         return number
 
-    def _ask(self, sequence: Sequence, tier: Tier, worker: WorkerHandle, keys: list[bytes]) -> None:
+    def _ask(self, sequence: Sequence, tier: Tier, worker: WorkerHandle, keys: list[bytes], compute_s: float) -> None:
+        """Ask a tier. ``compute_s``: the predicted time to compute the blocks; 0: it is not known."""
         self._last_id += 1
-        deadline = sequence.retry_at = self._clock.now + self._wait_s
+        patience_s = max(_MIN_PATIENCE_S, _PATIENCE * compute_s) if compute_s else math.inf
+        deadline = self._clock.now + self._wait_s
+        sequence.retry_at = max(sequence.retry_at, min(deadline, self._clock.now + patience_s))
+        self._clock.call_at(sequence.retry_at)
         self._open[self._last_id] = _Lookup(sequence, tier, worker, keys, deadline)
         self._next_deadline = min(self._next_deadline, deadline)
         self._clock.call_at(deadline)

@@ -88,6 +88,11 @@ class KVTiers:
         worker = copying_worker(instance)
         return [] if worker is None else [(tier, worker) for tier in self._usable(instance) if tier.info.by_name]
 
+    def compute_s(self, instance: InstanceHandle, first: int, end: int) -> float:
+        """Predict the time to compute blocks of a prompt; 0: it is not known."""
+        block_size = instance.pool.block_size
+        return self._compute_s((end - first) * block_size, first * block_size)
+
     # --- storing ---------------------------------------------------------------------------------
 
     def offer(self, instance: InstanceHandle, keys: Items[bytes]) -> None:
@@ -150,8 +155,8 @@ class KVTiers:
         worker = copying_worker(instance)
         assert worker is not None, "an instance that is ready has a worker"
         assert instance.hello is not None
-        first, block_size = runs[0].first, allocation.pool.block_size
-        compute_s = self._compute_s((runs[-1].end - first) * block_size, first * block_size)
+        first = runs[0].first
+        compute_s = self.compute_s(instance, first, runs[-1].end)
         patience_s = max(_MIN_PATIENCE_S, _PATIENCE * compute_s) if compute_s else math.inf
         load = KVLoad(
             sequence, sequence.attempt, allocation, first, [False] * sum(len(run.entries) for run in runs), len(runs)

@@ -82,6 +82,24 @@ def test_a_request_waits_for_its_lookup_no_longer_than_the_deadline_and_the_stor
     assert len(system.lookups) == 1
 
 
+def test_a_request_waits_for_its_lookup_no_longer_than_a_part_of_the_time_to_compute() -> None:
+    system = StoreSystem()
+    system.scheduler._requests.tiers._compute_s = lambda tokens, start: tokens / 640  # 0.1 s
+    system.ask(PROMPT)
+    system.step(seconds=0.02)
+    assert not system.plans
+    assert system.scheduler._clock.next_call < system.now + 0.01
+    system.step(seconds=0.01)
+    assert [*system.prompt_rows()] == [(0, 70)]
+    system.ask([*range(400, 520)])  # evicts
+    for lookup in list(system.lookups):
+        system.found(lookup, 3 if len(lookup.keys) == 4 else 0)  # late, and of use all the same
+    system.answer_all()
+    assert not system.stats["failures"]
+    system.ask(PROMPT)
+    assert len(system.loads()) == 1
+
+
 def test_a_lookup_that_fails_lets_its_request_go_at_once() -> None:
     system = StoreSystem(64)
     system.ask(PROMPT)
