@@ -7,7 +7,7 @@ disks and stores are, takes no memory from requests: contents that were evicted 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 
 from hbserve.kv_cache.tier_directory import TierEntry
@@ -32,9 +32,12 @@ gets as many bytes at once as a job may have."""
 _MAX_STORE_JOBS = 2
 """Store jobs in flight at one instance and tier: one is copied while the next one is on its way."""
 
+_Waiting = OrderedDict[bytes, float]
+"""Contents by prefix hash, each with the time from which on they do not wait for others."""
+
 
 class StoreQueue:
-    """Contents that wait, by instance and tier, each with the time from which on they do not wait for others.
+    """Contents that wait, by instance and tier.
 
     Args:
         copies: where store jobs go.
@@ -42,7 +45,7 @@ class StoreQueue:
 
     def __init__(self, clock: Clock, copies: Copies) -> None:
         self._clock, self._copies = clock, copies
-        self._waiting: defaultdict[tuple[InstanceHandle, Tier], dict[bytes, float]] = defaultdict(dict)
+        self._waiting: defaultdict[tuple[InstanceHandle, Tier], _Waiting] = defaultdict(OrderedDict)
         self._num_jobs = 0
         self._next_look = -math.inf
 
@@ -54,7 +57,7 @@ class StoreQueue:
             if key not in tier.directory:
                 waiting.setdefault(key, due)
         while len(waiting) > instance.pool.total_blocks:  # the pool has lost the oldest ones
-            del waiting[next(iter(waiting))]
+            waiting.popitem(last=False)
             tier.directory.stats.skipped_blocks += 1
 
     def dispatch(self) -> None:
@@ -67,7 +70,7 @@ class StoreQueue:
                 if not self._store(instance, tier, waiting):
                     break
 
-    def _are_due(self, instance: InstanceHandle, tier: Tier, waiting: dict[bytes, float]) -> bool:
+    def _are_due(self, instance: InstanceHandle, tier: Tier, waiting: _Waiting) -> bool:
         """Whether a store job is worth its messages, or its contents have waited long enough."""
         if not waiting or instance.hello is None:
             return False
@@ -81,7 +84,7 @@ class StoreQueue:
             self._clock.call_at(due)
         return due <= now
 
-    def _store(self, instance: InstanceHandle, tier: Tier, waiting: dict[bytes, float]) -> bool:
+    def _store(self, instance: InstanceHandle, tier: Tier, waiting: _Waiting) -> bool:
         """Send one job with the contents that have waited longest; False: there is no worker."""
         worker = copying_worker(instance)
         if worker is None or instance.hello is None:
@@ -89,8 +92,7 @@ class StoreQueue:
         pool, directory = instance.pool, tier.directory
         entries: list[TierEntry] = []
         while waiting and len(entries) < max(1, _MAX_STORE_BYTES // instance.hello.block_bytes):
-            key = next(iter(waiting))
-            del waiting[key]
+            key, _ = waiting.popitem(last=False)
             if key in directory:
                 continue
             entry = directory.begin_store(key) if pool.count_cached_prefix((key,)) else None
