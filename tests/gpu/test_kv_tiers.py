@@ -95,6 +95,37 @@ async def test_both_directions_at_once_lose_nothing(tier: str, tmp_path: Path) -
     owner.close()
 
 
+async def test_a_lane_takes_no_memory_that_the_kernels_of_a_step_still_use() -> None:
+    """What a step frees goes to the next one of its stream, and a lane has other streams."""
+    platform = make_platform("cuda", 0, None, 1, 0, 1)
+    platform.activate()
+    block_bytes, count = 1 << 20, 16
+    owner = HostMemoryOwner(count * block_bytes + 4096)
+    owner.reserve()
+    arena = torch.zeros(count, block_bytes, dtype=torch.uint8, device="cuda")
+    ended: asyncio.Queue[TierResult] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def report(result: TierResult) -> None:
+        loop.call_soon_threadsafe(ended.put_nowait, result)
+
+    tiers = RankTiers(KVCacheConfig(), owner.memory, platform, arena, 0, 1, report)
+    freed = [torch.full((count * block_bytes,), 7, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    copies = [torch.empty_like(tensor) for tensor in freed]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second of other kernels
+    for tensor, copy in zip(freed, copies, strict=True):
+        copy.copy_(tensor)
+    del tensor, freed
+    places = list(range(count))
+    tiers.handle(
+        StoreBlocks(epoch=0, job_id=1, tier="host", keys=[b"%016d" % n for n in places], slots=places, block_ids=places)
+    )
+    assert not (await asyncio.wait_for(ended.get(), 30.0)).failures
+    assert all((copy == 7).all() for copy in copies)
+    owner.close()
+
+
 def test_answers_are_the_same_with_a_store(model: tuple[str, list[Case]], tmp_path: Path) -> None:
     pytest.importorskip("mooncake.store")
     folder, cases = model

@@ -120,7 +120,8 @@ class _Writer:
 
     def _make_staging(self) -> torch.Tensor:
         if self._staging is None:
-            self._staging = self._backend.make_staging(self._target, self._staging_bytes)
+            with self._transfer_stream():  # else it is memory that a step has freed and its kernels still use
+                self._staging = self._backend.make_staging(self._target, self._staging_bytes)
         return self._staging
 
     def __call__(self, items: list[SendItem]) -> None:

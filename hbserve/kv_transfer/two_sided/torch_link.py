@@ -220,7 +220,8 @@ class _Link:
         """Return a slot's buffer, allocated for ``piece_bytes``, as ``[block, byte]`` for so many blocks."""
         slot = self._slots[index]
         if slot is None or slot.numel() < piece_bytes:
-            slot = self._slots[index] = torch.empty(piece_bytes, dtype=torch.uint8, device=self._device)
+            with self._on_stream(index):  # else it is memory that a step has freed and its kernels still use
+                slot = self._slots[index] = torch.empty(piece_bytes, dtype=torch.uint8, device=self._device)
         return slot[: num_blocks * block_bytes].view(num_blocks, block_bytes)
 
     def _wait(self, index: int, work: Any) -> None:
