@@ -112,11 +112,16 @@ async def _changes(given: argparse.Namespace) -> dict[str, Any]:
                 print(f"and with a prompt of {given.prompt} tokens each {given.interval} s")
                 async with load.arrivals(given.prompt, given.interval, 64):
                     await _change_rounds(llm, load, given.rounds, apart, together, rows)
-        stats = llm.get_system_stats()
-    counts = {name: stats["cpu_scheduler"][name] for name in ("failed_requests", "retries", "preemptions")}
+        counts, stats = _counts(llm), llm.get_system_stats()
     links = {name: link["transfers"] for name, link in stats["kv_transfer"]["links"].items()}
     print(f"failed: {load.failures or 'none'}; {counts}; transfers {links}")
     return {"rows": rows, "counts": counts, "transfers": links, "failures": load.failures}
+
+
+def _counts(llm: DisaggregatedLLM) -> dict[str, int]:
+    """Return what went wrong with requests so far."""
+    scheduler = llm.get_system_stats()["cpu_scheduler"]
+    return {name: scheduler[name] for name in ("failed_requests", "retries", "preemptions")}
 
 
 async def _change_rounds(
@@ -194,6 +199,7 @@ async def _auto(given: argparse.Namespace) -> dict[str, Any]:
         await asyncio.gather(*tasks)
         looks.cancel()
         plan, wall_s = running.plan, time.time() - time.monotonic()
+        counts = _counts(llm)
     windows = []
     for start in range(0, int(given.seconds), 2):
         rows = [(asked, times) for asked, times in served if start <= asked - began < start + 2]
@@ -211,7 +217,8 @@ async def _auto(given: argparse.Namespace) -> dict[str, Any]:
     for change in changes:
         at_s = change["at"] - wall_s - began
         print(f"{at_s:.1f} s, {change['by']}: {change['before']} to {change['after']}: {change['why']}")
-    return {"started": plan.instances, "windows": windows, "changes": changes, "load": plan.load}
+    print(counts)
+    return {"started": plan.instances, "windows": windows, "changes": changes, "load": plan.load, "counts": counts}
 
 
 async def _look(running: RunningPlan, interval_s: float) -> None:
