@@ -45,7 +45,7 @@ _DEFAULTS_S = 40.0
 _DEFAULTS_SEEDS = range(1, 7)
 _DEFAULTS_OF_TRACES = {"azure": ((8.0, 14.0, 20.0), 3000, 40.0), "mooncake": ((0.8, 1.4, 2.0), 1800, 100.0)}
 """Rates, requests from the begin of one part to that of the next, and seconds."""
-_KV_TOKENS = 560_000
+_KV_TOKENS = 811_792  # of Qwen3-8B's shape on an H200
 _MAX_INPUT_LEN = 32_768
 _HEADER = (
     f"{'load':18} {'req/s':>5} {'bound':>6} {'auto':>6} {'tuned':>6} {'':16} {'split':>6} {'':16} {'fcfs':>6} "
@@ -153,12 +153,7 @@ def _drawn(name: str, rate: float, count: int, seed: int) -> Callable[[], list[S
 
 def _row(part: Part, profile: Path | None) -> Row:
     steps = profiled_predictor(None if profile is None else load_profile(profile))
-    sizes = Sizes(
-        chunk_size=2048,
-        max_chunk_prefill_tokens=2048,
-        kv_tokens=_KV_TOKENS,
-        scheduler=SchedulerConfig(policy="slo_aware"),
-    )
+    sizes = Sizes(kv_tokens=_KV_TOKENS)
     setting = Setting(steps, steps, sizes, part.targets)
     fcfs = replace(setting, sizes=replace(sizes, scheduler=msgspec.structs.replace(sizes.scheduler, policy="fcfs")))
     outcomes = {name: simulate(System.parse(name), setting, part.make()) for name in (*TUNED, *SPLITS)}

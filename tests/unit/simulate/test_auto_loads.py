@@ -25,8 +25,7 @@ NUM_REQUESTS = 40
 
 
 def attainment(name: str, ttft_ms: float, make: Callable[[], list[SimulatedRequest]]) -> float:
-    sizes = Sizes() if name == "unified" else Sizes(chunk_size=2048, max_chunk_prefill_tokens=2048)
-    setting = Setting(STEPS, STEPS, sizes, RequestTargets(ttft_ms=ttft_ms, tpot_ms=40))
+    setting = Setting(STEPS, STEPS, Sizes(), RequestTargets(ttft_ms=ttft_ms, tpot_ms=40))
     return simulate(System.parse(name), setting, make()).attainment
 
 

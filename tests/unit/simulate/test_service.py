@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 
-from hbserve.config import InstanceRole
+from hbserve.config import InstanceRole, SchedulerConfig
 from hbserve.policy.profile_file import profiled_predictor
 from hbserve.policy.queue_policy import OVERDUE_SHARE, OVERDUE_TARGETS
-from hbserve.policy.step_time_predictor import StepTimePredictor
+from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
 from hbserve.simulate.config import Sizes, make_config
 from hbserve.simulate.requests import SimulatedRequest
 from hbserve.simulate.world import SimulatedSystem
@@ -39,6 +39,19 @@ def test_under_overload_no_request_starves(roles: tuple[str, ...], rate: float) 
         assert request.ttft_ms / 1000 <= OVERDUE_TARGETS * TTFT_MS / 1000 + 1.1 * work_s / OVERDUE_SHARE
     in_time = sum(request.ttft_ms <= TTFT_MS for request in requests)
     assert in_time > 0.5 * len(requests)
+
+
+@pytest.mark.parametrize("roles", [("unified",), ("prefill", "decode")])
+def test_however_loose_targets_are_a_prompt_waits_for_a_short_step(roles: tuple[str, ...]) -> None:
+    """Without any chunk, a prompt with an earlier deadline than the one that is computed is in the next step."""
+    loose = SchedulerConfig(ttft_ms=2000.0, ttft_ms_per_1k_tokens=1000.0)
+    config = make_config([InstanceRole(role) for role in roles], Sizes(scheduler=loose))
+    before = poisson(6.0, 4.0, (100, 8000), (2, 4), seed=1)  # from which the scheduler learns what a step takes
+    long, shorts = SimulatedRequest(6.0, 30_000, 4), [SimulatedRequest(6 + 0.2 * n, 100, 4) for n in range(1, 5)]
+    SimulatedSystem(config, steps(), Sizes().num_blocks).serve([*before, long, *shorts])
+    step_ms = 1000 * steps().seconds(StepWork(0, 0, 2500, num_pairs(2500, 15_000)))
+    assert max(short.ttft_ms for short in shorts) < 2.5 * step_ms  # the step under way, and its own
+    assert long.ttft_ms < 1.3 * 1000 * steps().prompt_s(30_000, 0)
 
 
 @pytest.mark.parametrize("roles", [("unified",) * 2, ("prefill", "prefill", "decode")])
