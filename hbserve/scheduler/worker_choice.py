@@ -371,7 +371,9 @@ class WorkerChoice:
             return limit._replace(seconds=seconds, prompt_tokens=max_tokens, batch_s=interval_s)
         min_slack_s, prompts_s = math.inf, 0.0
         if waiting_tokens:
-            min_slack_s = min(self._slack_s(sequence, a, interval_s, now) for sequence, a in decoding)
+            # This step begins when the one under way ends, some milliseconds after its plan is made.
+            begins_at = max(now, worker.timing.expected_end() or now)
+            min_slack_s = min(self._slack_s(sequence, a, interval_s, begins_at) for sequence, a in decoding)
             prompts_s = predictor.estimate_s(self._next_prompts(max_tokens, with_batch=False))
         fills_a_step = waiting_tokens >= max_tokens or prompts_s >= max_step_s
         limit_s = self._mixed_steps.limit_s(now, interval_s, min_slack_s, min(prompts_s, max_step_s), fills_a_step)
@@ -393,7 +395,11 @@ class WorkerChoice:
         return None if sequence.is_batch else sequence.tpot_target_ms or self._tpot_target_ms
 
     def _slack_s(self, sequence: Sequence, allocation: KVAllocation, interval_s: float, now: float) -> float:
-        """Return the time that a decoding sequence can lose, see `slack_s`; infinity without a target."""
+        """Return the time that a decoding sequence can lose, see `slack_s`; infinity without a target.
+
+        Args:
+            now: when its next step begins, at the soonest.
+        """
         target_ms = self._target_ms(sequence)
         if target_ms is None:
             return math.inf

@@ -54,6 +54,16 @@ def test_however_loose_targets_are_a_prompt_waits_for_a_short_step(roles: tuple[
     assert long.ttft_ms < 1.3 * 1000 * steps().prompt_s(30_000, 0)
 
 
+def test_answers_of_few_tokens_keep_their_target_although_plans_are_made_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is made 12 ms before its step can begin. So late is the step's token, and a short answer has no other."""
+    monkeypatch.setattr("hbserve.simulate.device.PLAN_DELAY_S", 12e-3)
+    requests = poisson(10.0, 8.0, (500, 4000), (3, 5), seed=1)
+    config = make_config([InstanceRole.UNIFIED], Sizes(), shares_prefixes=False)
+    SimulatedSystem(config, steps(), Sizes().num_blocks, 500.0, TPOT_MS).serve(requests)
+    learnt = [request for request in requests if request.arrival > 2]
+    assert max(request.tpot_ms for request in learnt) < 1.02 * TPOT_MS
+
+
 @pytest.mark.parametrize("roles", [("unified",) * 2, ("prefill", "prefill", "decode")])
 @pytest.mark.parametrize("gap_s", [0.0, 0.02])
 def test_prompts_that_begin_alike_go_where_their_beginning_is_computed(roles: tuple[str, ...], gap_s: float) -> None:
