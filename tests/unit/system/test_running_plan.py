@@ -78,3 +78,23 @@ def test_the_simulator_predicts_for_the_load_that_there_was(targets_are_soft: bo
     load = [LoadEntry(2.0 * number, tokens, 0, 4) for number, tokens in enumerate(lengths)]
     for found in predict(msgspec.structs.replace(orders, load=load, ttft_ms=30.0, ttft_ms_per_1k_tokens=60.0)):
         assert found.attainment["recent"] == 1.0
+
+
+def test_what_the_simulator_predicts_decides_the_change() -> None:
+    """Prompts of 1,000 to 2,200 tokens, 24 a second: two replicas cannot keep 7 ms a token beside them, 1P1D can."""
+    load = [LoadEntry(number / 24, 1000 + 40 * (number * 7 % 31), 0, 150) for number in range(150)]
+    orders = PredictionOrders(
+        profile=msgspec.to_builtins(load_profile(None)),
+        candidates=["unified*2", "1p1d"],
+        num_requests=1,
+        ttft_ms=500.0,
+        ttft_ms_per_1k_tokens=0.0,
+        tpot_ms=7.0,
+        max_num_seqs=256,
+        load=load,
+    )
+    loose = msgspec.structs.replace(orders, tpot_ms=43.0)
+    assert choose_again(predict(orders), "unified*2", True)[0] == "1p1d"
+    assert choose_again(predict(loose), "unified*2", True)[0] == "unified*2"
+    faster = [msgspec.structs.replace(entry, arrival_s=entry.arrival_s / 2) for entry in load]
+    assert choose_again(predict(msgspec.structs.replace(loose, load=faster)), "1p1d", True)[0] == "unified*2"
