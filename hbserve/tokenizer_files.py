@@ -134,10 +134,12 @@ def _load(folder: Path) -> LoadedTokenizer:
 
 
 def _uses_file_unchanged(folder: Path) -> bool:
-    """Return whether the folder names the class that uses tokenizer.json without changes."""
+    """Return whether the folder names the class that uses tokenizer.json without changes, or names none at all."""
     config = folder / "tokenizer_config.json"
-    if not config.is_file() or not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").is_file():
         return False
+    if not config.is_file():
+        return True
     return read_json(config).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 

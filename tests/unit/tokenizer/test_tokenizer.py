@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from hbserve.errors import InvalidRequestError, ModelError
 from hbserve.tokenizer import IncrementalDetokenizer, Tokenizer
 from tests.support import tiny_tokenizers
+from tests.support.scheduler_parts import DEMO
 
 WORDS = "the cat sat on the mat"
 EMOJI = "🙂👩‍👩‍👧 é 你好"
@@ -185,7 +187,7 @@ def test_texts_that_the_tokenizer_cannot_encode_are_refused(tmp_path: Path) -> N
     document["model"]["unk_token"] = "[none]"
     (folder / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(InvalidRequestError, match="cannot encode the prompt"):
-        Tokenizer(folder).encode("☃")
+        Tokenizer(str(folder)).encode("☃")
 
 
 def test_lone_surrogate_is_refused(byte_level: Tokenizer) -> None:
@@ -364,4 +366,12 @@ def test_several_threads_may_load_the_first_tokenizers_of_a_process(tmp_path: Pa
     folder = tiny_tokenizers.metaspace(tmp_path)
     command = [sys.executable, "-c", program, str(folder)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-    assert lines == [str(Tokenizer(folder).encode("the cat"))] * 4
+    assert lines == [str(Tokenizer(str(folder)).encode("the cat"))] * 4
+
+
+def test_without_a_configuration_the_tokenizers_file_is_used_as_it_is(tmp_path: Path) -> None:
+    """For Qwen's model types transformers would take a class that splits words by other rules."""
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    (folder / "tokenizer_config.json").unlink()
+    assert Tokenizer(str(folder)).encode("What is 47 + 38?") == Tokenizer(str(DEMO)).encode("What is 47 + 38?")
