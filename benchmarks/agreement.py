@@ -22,10 +22,11 @@ from hbserve.bench.request_record import RequestTargets
 from hbserve.bench.serve_workload import WorkloadSource
 from hbserve.bench.traces import TraceEntry, load_trace
 from hbserve.config import SchedulerConfig
+from hbserve.errors import ConfigError
 from hbserve.policy.profile_file import load_profile, profiled_predictor
 from hbserve.simulate.config import Sizes
 from hbserve.simulate.requests import requests_of
-from hbserve.simulate.standard_loads import standard_trace
+from hbserve.simulate.standard_loads import LOADS, standard_trace
 from hbserve.simulate.systems import Setting, System, simulate
 
 _VOCAB_SIZE = 32_000
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
             system, load = System.parse(result["system"]), result["load"]
             setting = _setting(document["options"], result)
             for measured in result.get("runs", ()):
-                trace = traces[load] if load in traces else standard_trace(load)
+                trace = traces[load] if load in traces else _standard_trace(load, path)
                 row = _row(system, setting, document["options"], trace, measured)
                 rows.append({"file": path.name, "kind": _kind(system), "system": system.name, "load": load, **row})
                 print("{:22} {:9} {:6.2f} {:8} {:8.3f} {:9.3f}".format(*list(rows[-1].values())[2:]), flush=True)
@@ -60,6 +61,12 @@ def run(options: argparse.Namespace) -> None:
         print(f"{kind:20} {sum(row['kind'] == kind for row in rows) or len(rows):4} runs {100 * distance:6.1f}")
     if options.json is not None:
         options.json.write_text(json.dumps({"distances": distances, "runs": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _standard_trace(load: str, path: Path) -> list[TraceEntry]:
+    if load not in LOADS:
+        raise ConfigError(f"{path}: its load is {load}; give that trace with --trace, in a file of this name")
+    return standard_trace(load)
 
 
 def _mean_distance(rows: list[dict[str, Any]]) -> float:

@@ -68,9 +68,8 @@ async def serve(
     listener = where if isinstance(where, socket.socket) else bind(where)
     host, port = listener.getsockname()[:2]
     with _closed_on_error(listener, host, port):
-        listener.listen(
-            _BACKLOG
-        )  # only this makes the address ours: Linux lets several sockets bind while none listens
+        # Only this makes the address ours: Linux lets several sockets bind while none listens.
+        listener.listen(_BACKLOG)
     settings = uvicorn.Config(
         app,
         http=type("HttpProtocol", (HttpProtocol,), {"report_event": staticmethod(on_event)}),
@@ -127,4 +126,4 @@ def _closed_on_error(listener: socket.socket, host: str, port: int) -> Iterator[
         yield
     except OSError as error:
         listener.close()
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; is it in use already?") from None
+        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; choose another server.port") from None

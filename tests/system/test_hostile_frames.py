@@ -67,7 +67,7 @@ def messages() -> list[Any]:
                     SamplingParams(max_tokens=4, logit_bias={3: 100.0}, min_tokens=4, stop_token_ids=[3]),
                     SamplingParams(max_tokens=4, seed=-(2**63), temperature=1e-30, top_k=10**9),
                     SamplingParams(max_tokens=4, grammar="start: \x00("),
-                    SamplingParams(max_tokens=4, ttft_ms=1e-300, tpot_ms=1e300),
+                    SamplingParams(max_tokens=4, ttft_ms=1e-300, tpot_ms=1e15),
                 )
             )
         ),
