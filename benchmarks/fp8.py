@@ -94,8 +94,7 @@ def _decode_attention(num_rows: int, context: int) -> dict[str, Any]:
     """Decode attention of one layer of Qwen3-8B."""
     import numpy as np
 
-    from hbserve.attention.base import DecodeInputs
-    from hbserve.attention.paged_decode import PagedDecode
+    from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
     from hbserve.float8 import FP8
     from hbserve.kv_cache.layout import KVLayout
 

@@ -16,6 +16,7 @@ from hbserve.float8 import FP8, rounded
 from hbserve.kv_cache.layout import KVLayout
 from hbserve.model_spec import ModelSpec
 from hbserve.platform import Platform
+from hbserve.platform.cuda_driver import has_triton
 
 
 @dataclass(frozen=True)
@@ -68,33 +69,6 @@ class PageTables:
         np.cumsum(pages, out=indptr[1:])
         indices = block_tables[np.arange(block_tables.shape[1]) < pages[:, None]]
         return PageTables(indptr, indices, (context_lens - (pages - 1) * block_size).astype(np.int32))
-
-
-@dataclass(frozen=True)
-class DecodeInputs:
-    """A batch of decoding sequences, on the device.
-
-    Attributes:
-        pieces, first_piece, chunk_len: int32 ``[capacity]``, ``[runs]`` and ``[1]``; see
-            `hbserve.attention.decode_pieces.Pieces`.
-        first_row: int32 ``[runs + 1]``; run i is rows ``first_row[i] .. first_row[i + 1] - 1``, at most
-            `hbserve.attention.paged_decode.PagedDecode.max_run_rows`, at consecutive positions of one sequence.
-        indptr, indices: int32 ``[rows + 1]`` and ``[pages]``; see `PageTables`.
-        positions: int64 ``[rows]``, positions of the queries; a row attends to ``position + 1`` tokens.
-        num_stored: int64 ``[rows]``, tokens of the sequence from earlier steps: the position, or less if the step
-            computes several tokens of the sequence, each in a row of its own.
-        slot_mapping: int64 ``[rows]``; see `AttentionBatch`.
-    """
-
-    pieces: Tensor
-    first_piece: Tensor
-    first_row: Tensor
-    indptr: Tensor
-    indices: Tensor
-    positions: Tensor
-    num_stored: Tensor
-    slot_mapping: Tensor
-    chunk_len: Tensor
 
 
 @dataclass(frozen=True)
@@ -164,7 +138,7 @@ class Attention(ABC):
     """Slot mapping of the step that has begun; see `AttentionBatch`."""
 
     transforms_heads: bool = False
-    """Whether the step that has begun has so few rows that `attend_transformed` computes it."""
+    """Whether the step that has begun has one row, and `attend_transformed` computes it."""
 
     def __init__(self, layout: KVLayout, kv_cache: Tensor, kv_scales: Tensor | None = None) -> None:
         self.layout, self.kv_cache = layout, kv_cache
@@ -173,7 +147,7 @@ class Attention(ABC):
             shape = layout.num_layers, 2, layout.num_kv_heads
             ones = torch.ones(shape, dtype=torch.float32, device=kv_cache.device)
             self.kv_scales = ones if kv_scales is None else kv_scales.view(shape)
-        self._has_store_kernel = kv_cache.is_cuda and importlib.util.find_spec("triton") is not None
+        self._has_store_kernel = has_triton(kv_cache.device)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the step's keys and values ``[tokens, kv heads, head_dim]`` to the cache.
@@ -209,11 +183,11 @@ class Attention(ABC):
         """
 
     def attend_transformed(self, layer: int, qkv: Tensor, heads: HeadTransform, out: Tensor) -> None:
-        """Norm and rotate heads, store the newest keys and values, and attend, in one kernel; if `transforms_heads`.
+        """Norm and rotate heads, store the newest key and value, and attend, in one kernel; if `transforms_heads`.
 
         Args:
-            qkv: contiguous ``[rows, (heads + 2 kv heads) * head_dim]``.
-            out: receives the result; contiguous ``[rows, heads, head_dim]``.
+            qkv: contiguous ``[1, (heads + 2 kv heads) * head_dim]``.
+            out: receives the result; contiguous ``[1, heads, head_dim]``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no such kernel")
 

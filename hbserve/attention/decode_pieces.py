@@ -101,7 +101,6 @@ class PieceCutter:
         block_tokens: tokens that a program loads at a time; a chunk is a whole number of blocks.
         num_multiprocessors: multiprocessors of the GPU, or of the process's share of it.
         programs_per_sm: programs that a multiprocessor holds at a time.
-        is_one_wave: all pieces fit on the GPU at a time, and are as short as that permits.
     """
 
     num_rows: int
@@ -109,7 +108,6 @@ class PieceCutter:
     block_tokens: int
     num_multiprocessors: int
     programs_per_sm: int
-    is_one_wave: bool = False
 
     @functools.cached_property
     def _is_small(self) -> bool:
@@ -127,8 +125,6 @@ class PieceCutter:
     @functools.cached_property
     def capacity(self) -> int:
         """Maximum number of pieces of a batch."""
-        if self.is_one_wave:
-            return max(self._num_concurrent, self.num_rows + 1)
         return self.num_rows + min(self._extra_programs, (MAX_SPLITS - 1) * self.num_rows)
 
     def cut(self, context_lens: npt.NDArray[np.int32], max_run_rows: int = 1) -> Pieces:
@@ -159,9 +155,6 @@ class PieceCutter:
         """Choose the chunk length whose pieces fit into `capacity` and end earliest."""
         longest, total = int(context_lens.max()), int(context_lens.sum())
         # Only the last piece of a run is shorter than a chunk, so there are fewer than runs + total / chunk pieces.
-        if self.is_one_wave:
-            min_tokens = max(longest / MAX_SPLITS, total / max(1, self._num_concurrent - self.num_rows))
-            return math.ceil(min_tokens / self.block_tokens) * self.block_tokens
         min_tokens = max(longest / MAX_SPLITS, total / self._extra_programs)
         if self._is_small:
             share = min(1.0, self.num_multiprocessors / _SMS_OF_H200)

@@ -20,6 +20,7 @@ pieces are data and not constants: a captured graph serves every mix of lengths.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +31,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.attention.base import Attention, DecodeInputs, HeadTransform, ScoreRules
+from hbserve.attention.base import Attention, HeadTransform, ScoreRules
 from hbserve.attention.decode_pieces import MAX_SMALL_BATCH_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
 from hbserve.attention.decode_tiles import in_registers, merge_parts
-from hbserve.attention.few_rows_decode import MAX_FEW_ROWS, FewRowsDecode
 from hbserve.attention.fp8_direct import TILE_TOKENS, attend_directly
 from hbserve.attention.row_decode import RowDecode
 from hbserve.float8 import FP8
@@ -218,6 +218,33 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
                 )
 
 
+@dataclass(frozen=True)
+class DecodeInputs:
+    """A batch of decoding sequences, on the device.
+
+    Attributes:
+        pieces, first_piece, chunk_len: int32 ``[capacity]``, ``[runs]`` and ``[1]``; see
+            `hbserve.attention.decode_pieces.Pieces`.
+        first_row: int32 ``[runs + 1]``; run i is rows ``first_row[i] .. first_row[i + 1] - 1``, at most
+            `PagedDecode.max_run_rows`, at consecutive positions of one sequence.
+        indptr, indices: int32 ``[rows + 1]`` and ``[pages]``; see `hbserve.attention.base.PageTables`.
+        positions: int64 ``[rows]``, positions of the queries; a row attends to ``position + 1`` tokens.
+        num_stored: int64 ``[rows]``, tokens of the sequence from earlier steps: the position, or less if the step
+            computes several tokens of the sequence, each in a row of its own.
+        slot_mapping: int64 ``[rows]``; see `hbserve.attention.base.AttentionBatch`.
+    """
+
+    pieces: Tensor
+    first_piece: Tensor
+    first_row: Tensor
+    indptr: Tensor
+    indices: Tensor
+    positions: Tensor
+    num_stored: Tensor
+    slot_mapping: Tensor
+    chunk_len: Tensor
+
+
 class PagedDecode(Attention):
     """Decode attention of batches of up to ``max_rows`` rows, fit for a CUDA graph.
 
@@ -252,11 +279,8 @@ class PagedDecode(Attention):
         self._inputs: DecodeInputs | None = None
         self._cutters: dict[int, PieceCutter] = {}  # by number of rows: a step has no time to make one
         # Queries and keys of a cache in FP8 are mixed before they are stored, by another kernel.
-        self._row: RowDecode | None = None
-        self._few_rows: FewRowsDecode | None = None
-        if self.kv_scales is None and self._rules.are_usual:
-            self._row = RowDecode(kv_cache, num_heads, self._counters)
-            self._few_rows = FewRowsDecode(kv_cache, num_heads, self._query_rows, self._counters)
+        has_row_kernel = self.kv_scales is None and self._rules.are_usual
+        self._row = RowDecode(kv_cache, num_heads, self._counters) if has_row_kernel else None
 
     @staticmethod
     def supports(layout: KVLayout) -> str | None:
@@ -270,16 +294,11 @@ class PagedDecode(Attention):
     def begin(self, inputs: DecodeInputs) -> None:
         """Let `attend` compute this batch from now on."""
         self._inputs, self.slot_mapping = inputs, inputs.slot_mapping
-        num_rows = len(inputs.positions)
-        self.transforms_heads = self.needs_no_pieces(num_rows) or self._are_few(num_rows)
+        self.transforms_heads = self.needs_no_pieces(len(inputs.positions))
 
     def needs_no_pieces(self, num_rows: int) -> bool:
         """Whether `attend_transformed` computes batches of so many rows."""
         return num_rows == 1 and self._row is not None
-
-    def _are_few(self, num_rows: int) -> bool:
-        """Whether `hbserve.attention.few_rows_decode` computes batches of so many rows."""
-        return 1 < num_rows <= MAX_FEW_ROWS and self._few_rows is not None
 
     def capacity(self, num_rows: int) -> int:
         """Maximum number of pieces of a batch of ``num_rows``."""
@@ -299,13 +318,8 @@ class PagedDecode(Attention):
     def _cutter(self, num_rows: int) -> PieceCutter:
         cutter = self._cutters.get(num_rows)
         if cutter is None:
-            num_kv_heads, multiprocessors = self.layout.num_kv_heads, self._num_multiprocessors
-            if self._few_rows is not None and self._are_few(num_rows):
-                block, programs = self._few_rows.block_tokens, self._few_rows.programs_per_sm
-                cutter = PieceCutter(num_rows, num_kv_heads, block, multiprocessors, programs, is_one_wave=True)
-            else:
-                shape = self._launch_shape(num_rows)
-                cutter = PieceCutter(num_rows, num_kv_heads, shape.block, multiprocessors, shape.programs_per_sm)
+            shape, num_kv_heads = self._launch_shape(num_rows), self.layout.num_kv_heads
+            cutter = PieceCutter(num_rows, num_kv_heads, shape.block, self._num_multiprocessors, shape.programs_per_sm)
             self._cutters[num_rows] = cutter
         return cutter
 
@@ -341,11 +355,7 @@ class PagedDecode(Attention):
     def attend_transformed(self, layer: int, qkv: Tensor, heads: HeadTransform, out: Tensor) -> None:
         assert self._inputs is not None, "no batch has begun"
         assert self._row is not None, "it transforms no heads"
-        assert self._few_rows is not None, "there are both kernels, or none"
         inputs = self._inputs
-        if len(qkv) > 1:
-            self._few_rows.attend(layer, qkv, heads, inputs, out)
-            return
         self._row.attend(layer, qkv, heads, inputs.positions, inputs.slot_mapping, inputs.indices, out)
 
     def _launch_shape(self, num_rows: int) -> _LaunchShape:

@@ -36,7 +36,7 @@ _MIN_QUERY_ROWS = 16
 
 
 @triton.jit
-def turned(  # type: ignore[no-untyped-def]
+def _turned(  # type: ignore[no-untyped-def]
     source, partner_source, weight, partner_weight, cos, sin, eps, head_dim: tl.constexpr, has_norm: tl.constexpr
 ):
     """Norm and rotate heads ``[heads, lanes]``; ``partner_source`` has the other dimension of each pair."""
@@ -50,12 +50,9 @@ def turned(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attend_block(query, key, value, is_seen, highest, total, weighted):  # type: ignore[no-untyped-def]
-    """Attend to a block of tokens: one step of softmax by parts (Milakov and Gimelshein 2018).
-
-    ``is_seen``: ``[rows, tokens]`` or ``[1, tokens]``.
-    """
-    score = tl.where(is_seen, tl.dot(query, tl.trans(key)), -1e30)
+def _attend(query, key, value, in_part, highest, total, weighted):  # type: ignore[no-untyped-def]
+    """Attend to a block of stored tokens: one step of softmax by parts (Milakov and Gimelshein 2018)."""
+    score = tl.where(in_part[None, :], tl.dot(query, tl.trans(key)), -1e30)
     new_highest = tl.maximum(highest, tl.max(score, axis=1))
     shrink = tl.exp2(highest - new_highest)
     weight = tl.exp2(score - new_highest[:, None])
@@ -131,8 +128,8 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     new_key = tl.load(new_source + lane, mask=is_new, other=0.0)
     new_key_partner = tl.load(new_source + partner, mask=is_new, other=0.0)
     new_value = tl.load(new_source + num_kv_heads * head_dim + lane, mask=is_new, other=0.0)
-    query = turned(query, query_partner, q_norm, q_partner_norm, cos, sin, eps, head_dim, has_norm)
-    new_key = turned(new_key, new_key_partner, k_norm, k_partner_norm, cos, sin, eps, head_dim, has_norm)
+    query = _turned(query, query_partner, q_norm, q_partner_norm, cos, sin, eps, head_dim, has_norm)
+    new_key = _turned(new_key, new_key_partner, k_norm, k_partner_norm, cos, sin, eps, head_dim, has_norm)
     place = (slot // page) * stride_block + (slot % page) * stride_token
     is_new &= slot >= 0  # a padded row is not stored
     tl.store(keys + place + lane, new_key, mask=is_new)
@@ -144,7 +141,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     highest = tl.where(is_last, score, -1e30)
     total = tl.zeros((query_rows,), tl.float32) + tl.where(is_last, 1.0, 0.0)
     weighted = tl.zeros((query_rows, lanes), tl.float32) + new_value.to(tl.float32)
-    highest, total, weighted = attend_block(query, key, value, in_part[None, :], highest, total, weighted)
+    highest, total, weighted = _attend(query, key, value, in_part, highest, total, weighted)
     for at in tl.range(start + block, end, block, num_stages=1):
         token = at + tl.arange(0, block)
         in_part = token < end
@@ -153,7 +150,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         in_block = in_part[:, None] & in_head
         key = tl.load(keys + offset[:, None] + lane, mask=in_block, other=0.0)
         value = tl.load(keys + stride_kv + offset[:, None] + lane, mask=in_block, other=0.0)
-        highest, total, weighted = attend_block(query, key, value, in_part[None, :], highest, total, weighted)
+        highest, total, weighted = _attend(query, key, value, in_part, highest, total, weighted)
     result = weighted / total[:, None]
     num_parts = tl.cdiv(stored + 1, chunk)
     heads = head * group + member

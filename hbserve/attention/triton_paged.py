@@ -85,8 +85,7 @@ class TritonBackend(AttentionBackend):
                 self._begin_chunks(batch, tables, split)
 
     def _begin_decodes(self, batch: AttentionBatch, tables: PageTables, num_rows: int) -> None:
-        from hbserve.attention.base import DecodeInputs
-        from hbserve.attention.paged_decode import PagedDecode
+        from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 
         if self._decode is None or num_rows > self._max_decode_rows:
             self._max_decode_rows = max(num_rows, 2 * self._max_decode_rows)

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hbserve.attention.base import DecodeInputs, PageTables
+from hbserve.attention.base import PageTables
 from hbserve.attention.decode_pieces import join_rows
-from hbserve.attention.paged_decode import PagedDecode
+from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
 from hbserve.engine.capture import Parts, capture_in_parts, compiling, run_through, run_to_capture
 from hbserve.engine.draft_model.head_pass import HEAD_LAG, HeadPass
 from hbserve.engine.fast_sampler import fast_sample

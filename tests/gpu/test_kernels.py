@@ -38,8 +38,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_paged_decode(
     heads: int, kv_heads: int, head_dim: int, page: int, num_rows: int, num_padding: int, longest: int
 ) -> None:
-    from hbserve.attention.base import DecodeInputs
-    from hbserve.attention.paged_decode import PagedDecode
+    from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
     from hbserve.kv_cache.layout import KVLayout
 
     rng = np.random.default_rng(1)
@@ -100,8 +99,7 @@ def test_paged_decode_of_several_tokens_of_a_sequence(
 
     Pieces may be cut for more tokens than there are (`hbserve.engine.rounds`).
     """
-    from hbserve.attention.base import DecodeInputs
-    from hbserve.attention.paged_decode import PagedDecode
+    from hbserve.attention.paged_decode import DecodeInputs, PagedDecode
     from hbserve.float8 import FP8
     from hbserve.kv_cache.layout import KVLayout
 

@@ -18,13 +18,12 @@ LENGTHS = st.integers(1, 200) | st.integers(1, 40_000) | st.sampled_from([1, 64,
     block=st.sampled_from([32, 64]),
     num_multiprocessors=st.sampled_from([1, 14, 132, 160]),
     programs_per_sm=st.sampled_from([2, 4, 8]),
-    is_one_wave=st.booleans(),
 )
 @settings(deadline=None)
 def test_pieces_cover_each_token_once_and_fit(
-    lens: list[int], num_kv_heads: int, block: int, num_multiprocessors: int, programs_per_sm: int, is_one_wave: bool
+    lens: list[int], num_kv_heads: int, block: int, num_multiprocessors: int, programs_per_sm: int
 ) -> None:
-    cutter = PieceCutter(len(lens), num_kv_heads, block, num_multiprocessors, programs_per_sm, is_one_wave)
+    cutter = PieceCutter(len(lens), num_kv_heads, block, num_multiprocessors, programs_per_sm)
     cut = cutter.cut(np.array(lens, np.int32))
     assert len(cut.pieces) == cutter.capacity
     assert cut.chunk_len % block == 0
@@ -43,15 +42,6 @@ def test_pieces_cover_each_token_once_and_fit(
 def test_one_row_has_as_many_pieces_as_it_may() -> None:
     cutter = PieceCutter(1, 8, 32, 132, 4)
     assert [cutter.cut(np.array([length], np.int32)).chunk_len for length in (1, 2048, 2049, 8192)] == [32, 32, 64, 128]
-
-
-def test_pieces_of_one_wave_are_as_short_as_the_gpu_holds_at_a_time() -> None:
-    cutter = PieceCutter(4, 8, 64, 132, 2, is_one_wave=True)
-    assert cutter.capacity == 33
-    for lens, chunk_len in (([644], 64), ([3000], 128), ([5000, 5000], 384)):
-        cut = cutter.cut(np.array(lens, np.int32))
-        assert cut.chunk_len == chunk_len
-        assert (cut.pieces >= 0).sum() <= 33
 
 
 def test_rows_of_one_length_are_cut_only_where_they_would_leave_the_gpu_idle() -> None:
