@@ -6,9 +6,9 @@ finaliser (Appleby) as the mixing function.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
+
+from hbserve.platform.cuda_driver import has_triton
 
 _MASK = 0xFFFFFFFF
 # MurmurHash3's multipliers minus 2^32: the product with a 32-bit number stays inside int64, and its low 32 bits are
@@ -29,7 +29,7 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
     Returns:
         float32 ``[rows, vocab_size]``. The upper tail, which decides the draw, is resolved to 2^-32.
     """
-    if seeds.is_cuda and importlib.util.find_spec("triton") is not None:
+    if has_triton(seeds.device):
         from hbserve.engine.fast_sampler import fast_noise
 
         return fast_noise(seeds, positions, vocab_size)

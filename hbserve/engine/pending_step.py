@@ -10,15 +10,16 @@ import torch
 
 from hbserve.engine.prompt_scores import PromptScores
 from hbserve.engine.sampler import Sampled
-from hbserve.layers.ops import has_triton
 from hbserve.messages.base import TokenLogprobs
 from hbserve.messages.worker import NO_TOKEN, StepPlan, StepResult
+from hbserve.platform.cuda_driver import has_triton
 
 _MAX_RESULT_BYTES = 2048
+_WORD_BYTES = 4
 _NUM_KEPT = 64
-"""More than there are results in flight."""
+"""More results than are ever in flight."""
 _kept: deque[torch.Tensor] = deque(maxlen=_NUM_KEPT)
-"""Results that a kernel may still write, also of steps that were dropped."""
+"""Host copies that a kernel may still write to, even if the scheduler has dropped their step."""
 
 
 class StepTimer:
@@ -166,7 +167,8 @@ def _to_host(x: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu":
         return x
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    if not has_triton(x.device) or x.nbytes > _MAX_RESULT_BYTES or not x.is_contiguous():
+    is_small = 0 < x.nbytes <= _MAX_RESULT_BYTES and x.nbytes % _WORD_BYTES == 0 and x.is_contiguous()
+    if not is_small or not has_triton(x.device):
         return host.copy_(x, non_blocking=True)
     from hbserve.platform.small_copies import copy_small
 

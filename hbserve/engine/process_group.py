@@ -9,10 +9,10 @@ import torch
 import torch.distributed
 
 from hbserve.errors import StartupError
-from hbserve.layers.ops import has_triton
 from hbserve.layers.parallel import TensorParallel
 from hbserve.platform import Platform
 from hbserve.platform.base import SmallSum
+from hbserve.platform.cuda_driver import has_triton
 
 dist: Any = torch.distributed  # its stubs lack the process groups, which are made directly here
 

@@ -6,10 +6,8 @@ computes the families without `ModelSpec.unfused_features`. Attention itself is 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +22,7 @@ from hbserve.layers.norms import NORMS
 from hbserve.layers.parallel import SumAndNorm, TensorParallel, vocab_parallel_embedding
 from hbserve.layers.rotary import RotaryEmbedding
 from hbserve.model_spec import ModelSpec
+from hbserve.platform.cuda_driver import has_triton
 
 if TYPE_CHECKING:
     from hbserve.layers.grouped_experts import GroupedExperts
@@ -323,9 +322,3 @@ def _group_experts(spec: ModelSpec, parallel: TensorParallel, totals: Tensor | N
     if spec.activation not in ACTIVATIONS:
         return None
     return GroupedExperts(experts, parallel.local_experts(experts.num_experts), totals, spec.activation)
-
-
-@cache
-def has_triton(device: torch.device) -> bool:
-    """Whether Triton can compile for ``device``."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -24,10 +24,11 @@ from torch import Tensor
 from hbserve.attention.base import Attention
 from hbserve.layers.experts import ExpertWeights
 from hbserve.layers.linear import Linear, PlainLinear
-from hbserve.layers.ops import HeadNorms, LayerOps, ResidualStream, has_triton
+from hbserve.layers.ops import HeadNorms, LayerOps, ResidualStream
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.model_spec import ModelSpec
 from hbserve.models.schemes import make_linear
+from hbserve.platform.cuda_driver import has_triton
 from hbserve.weight_format import Fp8Format
 
 logger = logging.getLogger(__name__)

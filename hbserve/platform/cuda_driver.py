@@ -1,4 +1,5 @@
-"""Calls of the CUDA driver that torch does not offer: graph uploads, and device memory that other processes can open.
+"""Calls of the CUDA driver that torch does not offer: graph uploads, and device memory that other processes can open;
+and whether a device has Triton.
 
 torch's own sharing of memory does not fit: its allocator puts several tensors into one allocation, and it counts
 references in files under /dev/shm. A handle here is 64 plain bytes and refers to one whole allocation. torch's context
@@ -9,6 +10,7 @@ RuntimeError with its text.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from functools import cache
 from typing import Any
 
@@ -20,6 +22,12 @@ _LAZY_PEER_ACCESS = 1
 _PORTABLE = 1
 _GRANULARITY_BYTES = 2 << 20
 """Granularity of allocations: smaller ones may share a page, and a handle would open their neighbours too."""
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton can compile for ``device``."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The connections to workers: whom a message comes from, and the pings that find out who is there."""
+"""The scheduler's connections to workers: which worker sent a message, and pings to find new ones."""
 
 from __future__ import annotations
 

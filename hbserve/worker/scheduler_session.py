@@ -1,4 +1,4 @@
-"""The worker's session with the scheduler that it obeys: who that is, and the epoch. Runs in the event loop's thread.
+"""The worker's session with the scheduler that it obeys, and its epoch. Runs in the event loop's thread.
 
 An epoch begins when another scheduler pings, or one that does not know the present epoch. The worker then forgets
 everything, introduces itself, and drops what was sent to it before. If several schedulers ping, it obeys the one that

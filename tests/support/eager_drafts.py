@@ -22,4 +22,5 @@ class EagerDrafts(CpuScheduler):
         for worker in instance.workers.values():
             if type(worker.gain) is GainMeter:
                 worker.gain = _Permissive()
+            worker.timing.gap_s = worker.timing.round_gap_s = 0.0  # a busy machine makes waits for results long
         super()._fill_pipelines(instance)

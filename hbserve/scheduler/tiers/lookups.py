@@ -21,10 +21,10 @@ from hbserve.scheduler.tiers.tracker import KVTiers
 from hbserve.scheduler.worker import WorkerHandle
 
 _MAX_WAIT_S = 1.0
-"""After which a lookup has failed, if ``kv_cache.timeout_s`` is not less. A store answers in milliseconds."""
+"""A lookup has failed after this time, or ``kv_cache.timeout_s`` if that is less. A store answers in milliseconds."""
 _PATIENCE, _MIN_PATIENCE_S = 0.25, 0.005
-"""A request waits for its lookup so long as a share of the predicted time to compute the blocks, and at least so many
-seconds: a store that is slow to answer must not cost more than it can save. Later answers are of use to others."""
+"""A request waits for its lookup up to this share of the predicted time to compute the blocks, and at least these
+seconds. A slow store must not cost more than it can save. An answer that comes later serves other requests."""
 
 
 @dataclass(eq=False, slots=True)

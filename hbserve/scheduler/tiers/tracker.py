@@ -27,8 +27,8 @@ from hbserve.scheduler.worker import WorkerHandle
 _FORGET = 0.95
 """Factor on the time per byte each time it makes a load not pay, so that a slow moment is not believed for ever."""
 _PATIENCE, _MIN_PATIENCE_S = 4.0, 1.0
-"""A load is given up after so many times the predicted time to compute what it brings, and not before so many seconds:
-a tier that hangs, as a store may, costs its requests about that."""
+"""The scheduler gives a load up after this multiple of the predicted time to compute the same blocks, and not before
+these seconds. A request loses about this much time to a tier that hangs."""
 
 
 class KVTiers:
