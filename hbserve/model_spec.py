@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from hbserve.errors import ModelError
-from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
+from hbserve.model_families import BY_ARCHITECTURE, FAMILIES, family_of
 from hbserve.model_families.declaration import ACTIVATIONS_BY_NAME, Activation, Experts, Family, LayerNorms, Scales
 from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, reason_of, shown
 from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
@@ -255,7 +255,7 @@ def _family(document: dict[str, Any]) -> tuple[str, Family]:
             hint = _nearest_family(model_type or "", {name: name for name in FAMILIES})
             raise ModelError(f"model_type {model_type!r} is not supported{hint}. `hbserve models` lists all")
         return model_type, FAMILIES[model_type]
-    family = BY_ARCHITECTURE.get(architectures[0])
+    family = family_of(architectures[0])
     if family is None:
         hint = _nearest_family(architectures[0], {name.removesuffix(_CLASS): name for name in BY_ARCHITECTURE})
         raise ModelError(f"architecture {architectures[0]!r} is not supported{hint}. `hbserve models` lists all")

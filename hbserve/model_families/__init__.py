@@ -27,3 +27,14 @@ FAMILIES = MappingProxyType(_declared())
 
 BY_ARCHITECTURE = MappingProxyType({family.architecture: family for family in FAMILIES.values()})
 """The same by transformers' class name."""
+
+_BY_SPELLING = {name.lower().replace("_", ""): family for name, family in BY_ARCHITECTURE.items()}
+
+
+def family_of(architecture: str) -> Family | None:
+    """Return the family of a class name, or None. Case and underscores do not count.
+
+    Some checkpoints have the name of a class that came before transformers' own: ``ExaoneMoEForCausalLM``,
+    ``Ernie4_5_ForCausalLM``, ``LLaMAForCausalLM``.
+    """
+    return _BY_SPELLING.get(architecture.lower().replace("_", ""))

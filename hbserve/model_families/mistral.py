@@ -57,6 +57,7 @@ MINIMAX_M2 = Family(
     up=("w1", "w3"),
     down="w2",
     is_partly_rotated=True,
+    has_draft_layers=True,
     experts=_minimax_experts,
     router_bias="e_score_correction_bias",
     keys=("num_local_experts", "num_experts", "num_experts_per_tok", "rotary_dim"),

@@ -29,7 +29,8 @@ _TEXT, _NEW_TEXT = "language_model.", "model.language_model."
 def text_document(document: dict[str, Any]) -> dict[str, Any]:
     """Return what ``config.json`` says of the text part; other documents as they are.
 
-    Keys that the part leaves out, such as the dtype, are the whole model's.
+    Keys that the part leaves out, or that are null there, are the whole model's, such as the dtype. What is null in both
+    is null: no class's default stands for it.
     """
     model_type, architectures, part = (document.get(key) for key in ("model_type", "architectures", "text_config"))
     names = architectures if isinstance(architectures, list) else []
@@ -41,7 +42,8 @@ def text_document(document: dict[str, Any]) -> dict[str, Any]:
     if not found or (model_type is None and not names) or not isinstance(part, dict | None):
         return document
     whole = {key: value for key, value in document.items() if key not in ("architectures", "text_config")}
-    given = {key: value for key, value in (part or {}).items() if key != "architectures" and value is not None}
+    given = {key: value for key, value in (part or {}).items() if key != "architectures"}
+    given = {key: whole.get(key) if value is None else value for key, value in given.items()}
     return whole | {"model_type": found[0]} | given
 
 

@@ -551,6 +551,17 @@ def test_unreadable_config_is_refused(tmp_path: Path) -> None:
         ModelSpec.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "spelling"),
+    [("llama", "LLaMAForCausalLM"), ("ernie4_5", "Ernie4_5_ForCausalLM"), ("exaone_moe", "ExaoneMoEForCausalLM")],
+)
+def test_an_architecture_may_be_spelt_as_in_older_checkpoints(name: str, spelling: str, tmp_path: Path) -> None:
+    save_model(tmp_path, name)
+    spec = ModelSpec.load(tmp_path)
+    edit_config(tmp_path, architectures=[spelling])
+    assert ModelSpec.load(tmp_path) == spec
+
+
 def test_architecture_or_model_type_alone_is_enough(tmp_path: Path) -> None:
     save_model(tmp_path, "mistral")
     spec = ModelSpec.load(tmp_path)
@@ -672,12 +683,15 @@ def test_known_leftovers_are_ignored(tmp_path: Path) -> None:
     load(tmp_path)
 
 
-def test_layers_that_draft_tokens_stay_unread(tmp_path: Path) -> None:
-    save_model(tmp_path, "glm4_moe")
-    edit_weights(tmp_path, {"model.layers.3.eh_proj.weight": torch.zeros(64, 128)})
+@pytest.mark.parametrize("name", ["glm4_moe", "minimax_m2"])
+def test_layers_that_draft_tokens_stay_unread(name: str, tmp_path: Path) -> None:
+    save_model(tmp_path, name)
+    num_layers = ModelSpec.load(tmp_path).num_layers
+    edit_weights(tmp_path, {f"model.layers.{num_layers}.eh_proj.weight": torch.zeros(64, 128)})
     load(tmp_path)
-    edit_weights(tmp_path, {"model.layers.2.eh_proj.weight": torch.zeros(64, 128)})
-    with pytest.raises(ModelError, match=r"model.layers.2.eh_proj.weight has no place in Glm4MoeForCausalLM"):
+    last = f"model.layers.{num_layers - 1}.eh_proj.weight"
+    edit_weights(tmp_path, {last: torch.zeros(64, 128)})
+    with pytest.raises(ModelError, match=f"{last} has no place in"):
         load(tmp_path)
 
 

@@ -45,6 +45,12 @@ def test_a_text_part_without_a_type_has_that_of_its_class(model_type: str, tmp_p
         assert (spec.family.model_type, spec.num_layers, str(spec.dtype)) == (text_type, 3, "torch.float16")
 
 
+def test_null_in_a_text_part_is_no_default() -> None:
+    """Mistral Small 3.1 has no sliding window, and transformers' default is one of 4096 tokens."""
+    document = {"model_type": "mistral3", "text_config": {"sliding_window": None, "rope_theta": None}, "rope_theta": 5.0}
+    assert text_document(document) == {"model_type": "mistral", "sliding_window": None, "rope_theta": 5.0}
+
+
 def test_a_text_part_of_an_unknown_type_is_refused_by_name(tmp_path: Path) -> None:
     document = {"model_type": "llava", "text_config": {"model_type": "opt"}}
     (tmp_path / "config.json").write_text(json.dumps(document))
