@@ -29,8 +29,8 @@ _TEXT, _NEW_TEXT = "language_model.", "model.language_model."
 def text_document(document: dict[str, Any]) -> dict[str, Any]:
     """Return what ``config.json`` says of the text part; other documents as they are.
 
-    Keys that the part leaves out, or that are null there, are the whole model's, such as the dtype. What is null in both
-    is null: no class's default stands for it.
+    Keys that the part leaves out, or that are null there, are the whole model's, such as the dtype. What is null in
+    both is null: no class's default stands for it.
     """
     model_type, architectures, part = (document.get(key) for key in ("model_type", "architectures", "text_config"))
     names = architectures if isinstance(architectures, list) else []

@@ -47,7 +47,8 @@ def test_a_text_part_without_a_type_has_that_of_its_class(model_type: str, tmp_p
 
 def test_null_in_a_text_part_is_no_default() -> None:
     """Mistral Small 3.1 has no sliding window, and transformers' default is one of 4096 tokens."""
-    document = {"model_type": "mistral3", "text_config": {"sliding_window": None, "rope_theta": None}, "rope_theta": 5.0}
+    text = {"sliding_window": None, "rope_theta": None}
+    document = {"model_type": "mistral3", "text_config": text, "rope_theta": 5.0}
     assert text_document(document) == {"model_type": "mistral", "sliding_window": None, "rope_theta": 5.0}
 
 
