@@ -92,7 +92,9 @@ def build_batch(rows: list[PlanRow], table: SequenceTable, block_size: int, devi
     tensors = to_device(arrays, device)
     token_ids = tensors["token_ids"]
     if fed_back.size:
-        token_ids[tensors["fed_back"]] = table.last_token_ids[tensors["fed_back_slots"]]
+        # without a largest logit no token was sampled; the host finds that in the result of the step before
+        last = table.last_token_ids[tensors["fed_back_slots"]].clamp_(0, table.vocab_size - 1)
+        token_ids[tensors["fed_back"]] = last
     width = -(-int(ends.max()) // block_size)
     return StepBatch(
         token_ids=token_ids,

@@ -104,7 +104,8 @@ class LayerOps:
             last: int64 ``[slots]``, these tokens. slots: int64 ``[tokens]``.
             embedding: this rank's `hbserve.layers.parallel.vocab_shard`.
         """
-        token_ids = torch.where(given < 0, last[slots], given)
+        # Without a largest logit no token was sampled; the host finds that in the result of the step before.
+        token_ids = torch.where(given < 0, last[slots], given).clamp_(0, vocab_size - 1)
         rows = vocab_parallel_embedding(token_ids, embedding, vocab_size, self.parallel)
         return rows if scale == 1 else rows * scale
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
@@ -435,7 +437,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Configurations by name; what is not said is `_BASE`'s."""
 
-MODELS = {name: options for name, options in MODELS.items() if options["model_type"] in CONFIG_MAPPING}
+# Earlier ones keep the long factors of one kind of layers under another name than they look for.
+_HAS_LONGROPE_BY_KIND = Version(transformers.__version__) >= Version("5.23")
+MODELS = {
+    name: options
+    for name, options in MODELS.items()
+    if options["model_type"] in CONFIG_MAPPING and (name != "olmo3_long" or _HAS_LONGROPE_BY_KIND)
+}
 """The same without those that the installed transformers is too old for."""
 
 _SHARED = (
