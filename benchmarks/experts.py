@@ -1,8 +1,9 @@
 """A mixture of experts on two cards of one host, in each way to use them, beside one card.
 
 `python -m benchmarks experts` starts one system after the other: one card; two cards that share every expert (tensor
-parallelism), that have whole experts each, that hold a replica each, and that prefill and decode apart. Each runs a
-warm-up, then one stream and a batch. On a CPU the cards are processes, which shows that it works, not how fast it is.
+parallelism), that have whole experts each, that hold a replica each, and that prefill and decode apart. Each captures
+its graphs, runs a warm-up, then one stream and a batch. On a CPU the cards are processes, which shows that it works,
+not how fast it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _SMALL = {
     "batch": BatchShape(4, LengthRange(10, 100), LengthRange(10, 30)),
 }
 _LARGE = {"one_stream": PRESETS["one-stream"], "batch": PRESETS["nano"]}
+_SETTLE_S = 8.0
+"""Time in which idle ranks capture the rest of their CUDA graphs, or they would do it within a measured run: two ranks
+of a model of 48 layers took 4 s."""
 
 
 def _systems(device: str) -> dict[str, dict[str, Any]]:
@@ -84,6 +88,8 @@ def _measure(folder: str, vocab_size: int, arguments: argparse.Namespace, option
     began = time.monotonic()
     with LLM(folder, load_format="dummy", log_level="WARNING", **sizes, **options) as llm:
         row = {"ready_s": time.monotonic() - began}
+        if arguments.device == "cuda":
+            time.sleep(_SETTLE_S)
         for kind, shape in shapes.items():
             rates = []
             for seed in range(arguments.repeats + 1):
