@@ -23,6 +23,7 @@ TEXT_PARTS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """By transformers' ``model_type``, the class name, and the ``model_type`` of a ``text_config`` that names none."""
 
 _ENCODERS = ("vision_tower.", "multi_modal_projector.", "visual.")
+_BASE = {"embed_tokens", "layers", "norm", "lm_head"}
 _TEXT, _NEW_TEXT = "language_model.", "model.language_model."
 
 
@@ -52,7 +53,10 @@ def text_tensors(names: list[str]) -> dict[str, str]:
 
     Published checkpoints begin all names of the part with ``language_model.``; transformers 5 writes
     ``model.language_model.``, but not before the LM head. Qwen's have ``visual.`` before those of the encoder only.
+    A model that was saved without a class for a task, such as ``Qwen3Model``, has names without ``model.``.
     """
+    if {name.partition(".")[0] for name in names} <= _BASE:
+        return {name: name if name.startswith("lm_head.") else f"model.{name}" for name in names}
     if not any(name.startswith((_TEXT, _NEW_TEXT, "visual.")) for name in names):
         return {name: name for name in names}
     return {name: text_name(name) for name in names if not name.removeprefix("model.").startswith(_ENCODERS)}

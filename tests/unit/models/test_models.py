@@ -717,6 +717,15 @@ def test_a_tied_model_may_be_saved_with_its_head_alone(tmp_path: Path) -> None:
     expect_transformers_logits(tmp_path)
 
 
+def test_a_model_that_was_saved_by_its_base_class_is_the_same(tmp_path: Path) -> None:
+    """Its names lack the prefix; transformers loads it, too."""
+    save_model(tmp_path, "gemma3")
+    weights = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expect_transformers_logits(tmp_path)
+
+
 @pytest.mark.parametrize("first_sharded", [True, False])
 def test_the_whole_file_wins_over_an_index_of_another_save(first_sharded: bool, tmp_path: Path) -> None:
     """save_pretrained leaves the files of an earlier save of another size; transformers reads model.safetensors."""
