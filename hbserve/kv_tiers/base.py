@@ -70,11 +70,13 @@ class KVTier(ABC):
         has_slots: the scheduler chooses where a block lies, and knows all that the tier holds. The tier gets blocks as
             they are on the device, and ``contains`` and ``remove`` are not called. Else it gets values in the host's
             memory.
+        gathers: it can put blocks from where they lie in the host's memory, see `put_gathered`.
         may_hang: ``put`` and ``get`` may take any time. Then a job that is late is given up between two calls, and what
             such a call returns later is not used.
     """
 
     has_slots = False
+    gathers = False
     may_hang = True
 
     def register(self, values: torch.Tensor) -> None:  # noqa: B027 - only tiers that register memory need it
@@ -91,6 +93,19 @@ class KVTier(ABC):
             What went wrong, by place in ``names``: ``full`` (there is no room now) or ``backend`` (an error; the tier
             then rests). A value that is there already is a success.
         """
+
+    def put_gathered(
+        self, names: Sequence[BlockName], blocks: Sequence[torch.Tensor], seals: torch.Tensor
+    ) -> dict[int, str]:
+        """Keep values that lie in two places each, as `put`; called instead of it if the tier ``gathers``.
+
+        A job that is given up meanwhile leaves its blocks to others. The value then has a wrong checksum.
+
+        Args:
+            blocks: the beginnings of the values, uint8 ``[byte]``: parts of a buffer that was registered.
+            seals: their ends, uint8 ``[block, byte]``, contiguous, registered too.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:

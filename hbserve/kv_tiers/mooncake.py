@@ -34,6 +34,8 @@ class MooncakeTier(KVTier):
         StartupError: if the library is missing.
     """
 
+    gathers = True
+
     def __init__(self, context: KVTierContext) -> None:
         assert context.config.master is not None, "the configuration checks it"
         self._config, self._master = context.config, context.config.master
@@ -76,8 +78,15 @@ class MooncakeTier(KVTier):
                 self._register(values)
 
     def put(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
-        codes = self._connected().batch_put_from(_texts(names), *_places(values))
-        return {place: "full" if code == _NO_ROOM else "backend" for place, code in enumerate(codes) if code}
+        return _put_failures(self._connected().batch_put_from(_texts(names), *_places(values)))
+
+    def put_gathered(
+        self, names: Sequence[BlockName], blocks: Sequence[torch.Tensor], seals: torch.Tensor
+    ) -> dict[int, str]:
+        first, size = seals.data_ptr(), seals.shape[1]
+        places = [[block.data_ptr(), first + row * size] for row, block in enumerate(blocks)]
+        sizes = [[len(block), size] for block in blocks]
+        return _put_failures(self._connected().batch_put_from_multi_buffers(_texts(names), places, sizes))
 
     def get(self, names: Sequence[BlockName], values: torch.Tensor) -> dict[int, str]:
         codes = self._connected().batch_get_into(_texts(names), *_places(values))
@@ -98,6 +107,10 @@ class MooncakeTier(KVTier):
 
 def _texts(names: Sequence[BlockName]) -> list[str]:
     return [name.text for name in names]
+
+
+def _put_failures(codes: Sequence[int]) -> dict[int, str]:
+    return {place: "full" if code == _NO_ROOM else "backend" for place, code in enumerate(codes) if code}
 
 
 def _places(values: torch.Tensor) -> tuple[list[int], list[int]]:

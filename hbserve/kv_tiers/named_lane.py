@@ -7,6 +7,9 @@ those of the other. Nothing is put during the first of these, and nothing is got
                          │     put 0      │     put 1      │ put 0
     get        get 0     │     get 1      │     get 0      │
                          │ check, scatter │ check, scatter │ check, scatter
+
+On the CPU a tier that can gather puts blocks from where they lie in the arena, and only the seals lie in the halves. So
+nothing is copied.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ import torch
 from hbserve.kv_tiers import sealed
 from hbserve.kv_tiers.base import BlockName
 from hbserve.kv_tiers.lane import CopyJob, Lane, Over, checked
-from hbserve.kv_transfer.block_parts import checksums_of, put_blocks, take_blocks
-from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierResult
+from hbserve.kv_transfer.block_parts import checksum_of, put_blocks, take_blocks
+from hbserve.messages.tiers import LoadBlocks, StoreBlocks, TierCommand, TierResult
 
 _HALF_BYTES = 64 << 20
 """Bytes of one call of the tier: a store has much to do for each call."""
@@ -33,6 +36,9 @@ _MIN_SPLIT_BYTES = 16 << 20
 """Bytes of a job that takes more than one call."""
 _SHORT = 4
 """How many times longer the other calls of a job may be than the one that nothing else is done beside."""
+
+_Method = Callable[[list[BlockName], torch.Tensor], dict[int, str]]
+"""A method of a tier, as `KVTier.put`."""
 
 
 class _Caller:
@@ -72,19 +78,30 @@ class _Caller:
 
 
 class NamedLane(Lane):
-    """Does jobs one after the other, for a tier that keeps blocks by name. Never touches the arena during a call."""
+    """Does jobs one after the other, for a tier that keeps blocks by name. Never writes to the arena during a call.
+
+    A call that gathers reads the arena. If its job is given up and the blocks are given to others, it may put what they
+    write, with a checksum that does not fit, which every load notices.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         self._caller = _Caller()
         self._values: list[torch.Tensor] = []
+        self._gathers = False
         super().__init__(*arguments)
 
-    def _make_buffers(self) -> None:
-        super()._make_buffers()
+    def _prepare(self, command: TierCommand) -> None:
+        """Make the buffers, at the first job: all of a lane's jobs have the same direction."""
+        self._make_buffers()
         value_bytes = self._block_bytes + sealed.SEAL_BYTES
-        shape = 2, max(1, _HALF_BYTES // value_bytes), value_bytes
-        values = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        self._tier.register(values.view(-1, value_bytes))
+        num_values = max(1, _HALF_BYTES // value_bytes)
+        is_on_gpu = self._device.type == "cuda"
+        self._gathers = self._tier.gathers and isinstance(command, StoreBlocks) and not is_on_gpu
+        if self._gathers:
+            self._tier.register(self._arena.view(torch.uint8))
+        row_bytes = sealed.SEAL_BYTES if self._gathers else value_bytes
+        values = torch.empty(2, num_values, row_bytes, dtype=torch.uint8, pin_memory=is_on_gpu)
+        self._tier.register(values.view(-1, row_bytes))
         self._values = list(values)
 
     def _do(self, job: CopyJob) -> TierResult:
@@ -94,7 +111,7 @@ class NamedLane(Lane):
         if job.is_over:
             raise Over
         if not self._values:
-            self._make_buffers()
+            self._prepare(job.command)
         with self._turns[0].on_stream():
             index = torch.tensor(job.command.block_ids, device=self._device)  # which waits for the device
             failures: dict[int, str] = {}
@@ -117,15 +134,25 @@ class NamedLane(Lane):
         for number, size in enumerate(self._parts(len(index))):
             first = len(checksums)
             values = self._values[number % 2][:size]
-            found = self._move(job, index[first : first + size], values)
+            blocks = index[first : first + size]
+            found = self._sums(job, blocks) if self._gathers else self._move(job, blocks, values)
             names = self._names(job.command, first, size)
             names = [replace(name, checksum=checksum) for name, checksum in zip(names, found, strict=True)]
             sealed.seal(values, names)
             checksums += found
             failures |= self._caller.finish()
-            self._call(self._tier.put, first, names, values)
+            self._call(self._put_gathered(blocks) if self._gathers else self._tier.put, first, names, values)
         failures |= self._caller.finish()
         return checksums
+
+    def _put_gathered(self, blocks: torch.Tensor) -> _Method:
+        rows = [self._arena[block].view(torch.uint8) for block in blocks.tolist()]
+        return lambda names, seals: self._tier.put_gathered(names, rows, seals)
+
+    def _sums(self, job: CopyJob, blocks: torch.Tensor) -> list[int]:
+        """Return the checksums of blocks, where they lie."""
+        with self._touching(job):
+            return [checksum_of(self._arena[block]) for block in blocks.tolist()]
 
     def _load(self, job: CopyJob, index: torch.Tensor, failures: dict[int, str]) -> list[int]:
         command, checksums = job.command, list[int]()
@@ -163,7 +190,7 @@ class NamedLane(Lane):
 
     def _call(
         self,
-        method: Callable[[list[BlockName], torch.Tensor], dict[int, str]],
+        method: _Method,
         first: int,
         names: list[BlockName],
         values: torch.Tensor,
@@ -179,15 +206,18 @@ class NamedLane(Lane):
         rows = values[:, : self._block_bytes].view(torch.int64)
         if self._device.type == "cpu":
             with self._touching(job):
-                for row, block in zip(rows, index.tolist(), strict=True):
-                    self._arena[block].copy_(row) if to_arena else row.copy_(self._arena[block])
-            sums = checksums_of(values[:, : self._block_bytes])
-        else:
-            size = self._num_buffered
-            parts = zip(torch.split(index, size), torch.split(rows, size), strict=True)
-            sums = torch.cat([self._move_part(job, blocks, part, to_arena) for blocks, part in parts])
-        found: list[int] = sums.tolist()
+                return [self._move_row(row, block, to_arena) for row, block in zip(rows, index.tolist(), strict=True)]
+        size = self._num_buffered
+        parts = zip(torch.split(index, size), torch.split(rows, size), strict=True)
+        found: list[int] = torch.cat([self._move_part(job, blocks, part, to_arena) for blocks, part in parts]).tolist()
         return found
+
+    def _move_row(self, row: torch.Tensor, block: int, to_arena: bool) -> int:
+        """Copy one block on the CPU; returns its checksum, which brings the block into the cache for the copy."""
+        source, target = (row, self._arena[block]) if to_arena else (self._arena[block], row)
+        checksum = checksum_of(source)
+        target.copy_(source)
+        return checksum
 
     def _move_part(self, job: CopyJob, index: torch.Tensor, rows: torch.Tensor, to_arena: bool) -> torch.Tensor:
         """Copy as many blocks as the buffer on the device holds, by way of it."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 
 from hbserve.kv_transfer.head_split import WHOLE, Part
@@ -177,6 +179,15 @@ def checksums_of(blocks: torch.Tensor) -> torch.Tensor:
     return _checksums(blocks.view(torch.int64), None)
 
 
+def checksum_of(words: torch.Tensor) -> int:
+    """Compute the number of one block, as `checksums_of`, on the CPU.
+
+    Args:
+        words: int64 ``[word]``, contiguous.
+    """
+    return int(_on_cpu("w,w", words))
+
+
 def take_blocks(arena: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Copy blocks out of an arena and return their checksums, as `checksums_of`, at the cost of few multiprocessors.
 
@@ -215,8 +226,12 @@ def _checksums(arena: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     if arena.device.type == "cuda":
         index = torch.arange(len(arena), device=arena.device) if index is None else index
         return _move(arena, index, None, _MANY_PROGRAMS)
-    words = arena if index is None else arena[index]
-    return torch.mv(words, _weights(arena.shape[1], arena.device))
+    return torch.from_numpy(_on_cpu("bw,w->b", arena if index is None else arena[index]))
+
+
+def _on_cpu(sums: str, words: torch.Tensor) -> Any:
+    weights = _weights(words.shape[-1], words.device)
+    return np.einsum(sums, words.numpy(), weights.numpy())  # torch's products of integers take 1.4 times as long
 
 
 def _move(

@@ -180,7 +180,8 @@ def test_a_host_without_so_much_memory_says_so() -> None:
 
 
 def test_a_checksum_is_the_same_number_on_every_device() -> None:
-    """CPUs multiply by a matrix product, GPUs by elements."""
+    """CPUs multiply by numpy's sums of products, of one block or several; GPUs by elements."""
     found = torch.randint(0, 256, (5, BLOCK_BYTES), dtype=torch.uint8)
     weights = block_parts._weights(BLOCK_BYTES // 8, found.device)
     assert torch.equal(block_parts.checksums_of(found), (found.view(torch.int64) * weights).sum(1))
+    assert [block_parts.checksum_of(row.view(torch.int64)) for row in found] == block_parts.checksums_of(found).tolist()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -210,6 +211,47 @@ async def test_a_tier_that_hangs_is_given_up_and_writes_nothing_afterwards() -> 
     again = await rank.load(KEYS[:2], [5, 6])  # after the first one has returned
     assert set(again.failures.values()) <= {"timeout"}  # of a busy machine
     assert torch.equal(rank.arena[[3, 4]], before[[3, 4]])
+
+
+class _Gathers(DictTier):
+    """Puts blocks from where they lie; ``go_on``: not before it is set."""
+
+    gathers = True
+    go_on, has_put = threading.Event(), threading.Event()
+
+    def put_gathered(
+        self, names: Sequence[BlockName], blocks: Sequence[torch.Tensor], seals: torch.Tensor
+    ) -> dict[int, str]:
+        self.go_on.wait(DEADLINE_S)
+        places = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in self.registered]
+        for part in (*blocks, seals):
+            assert any(begin <= part.data_ptr() <= end - part.nbytes for begin, end in places), "it is not registered"
+        failures = self.put(names, torch.cat([torch.stack(list(blocks)), seals], dim=1))
+        self.has_put.set()
+        return failures
+
+
+async def test_a_tier_that_gathers_keeps_what_others_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbserve.kv_tiers.named_lane._HALF_BYTES", 2 * (BLOCK_BYTES + SEAL_BYTES))
+    _Gathers.go_on.set()
+    copied = await Rank().store(KEYS[:5], [4, 2, 3, 0, 1])
+    values = dict(DictTier.kept)
+    DictTier.kept.clear()
+    rank = Rank(f"{__name__}:_Gathers")
+    assert await rank.store(KEYS[:5], [4, 2, 3, 0, 1]) == replace(copied, seconds=ANY)
+    assert DictTier.kept == values
+    assert not (await rank.load(KEYS[:5], [7, 8, 9, 10, 11])).failures
+
+
+async def test_blocks_that_others_write_while_they_are_gathered_are_not_taken_later() -> None:
+    _Gathers.go_on.clear()
+    _Gathers.has_put.clear()
+    rank = Rank(f"{__name__}:_Gathers", timeout_s=0.1)
+    assert (await rank.store(KEYS[:2], [0, 1])).failures == {0: "timeout", 1: "timeout"}
+    rank.arena[1] = 7  # the scheduler has given it to another request
+    _Gathers.go_on.set()
+    assert await asyncio.to_thread(_Gathers.has_put.wait, DEADLINE_S)
+    assert (await Rank().load(KEYS[:2], [3, 4])).failures == {1: "checksum"}
 
 
 async def test_the_tier_of_the_documentation_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
