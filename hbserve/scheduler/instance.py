@@ -271,8 +271,16 @@ class InstanceHandle:
         return heapq.heappop(self._free_slots)
 
     def reserve(self, sequence: Sequence, allocation: KVAllocation) -> None:
-        """Keep an allocation for a sequence that is still prefilled elsewhere."""
+        """Keep an allocation for a sequence that is still prefilled elsewhere, or that waits for a load."""
+        self.allocations.pop(sequence, None)
         self.reserved[sequence] = allocation
+
+    def activate_until_load(self, sequence: Sequence, allocation: KVAllocation) -> None:
+        """Have the sequence take part up to the beginning of its load, or not before the load has ended."""
+        if allocation.load_start == allocation.num_planned:
+            self.reserve(sequence, allocation)
+        else:
+            self.activate(sequence, allocation)
 
     def activate(self, sequence: Sequence, allocation: KVAllocation) -> None:
         """Have the sequence take part from the next plan on."""

@@ -166,6 +166,8 @@ class KVAllocation:
         stored_runs: blocks that are to be loaded from KV tiers.
         load_start: positions from here on wait for a load under way, and no plan has them; None: there is no load.
         loaded_end: positions from ``load_start`` to this one have been loaded; None: the load has not ended.
+        num_loads: loads that have begun.
+        is_load_short: the last load has ended, and has not brought all that it was to bring.
         can_join: it may take blocks of others in the place of its own; no lost row can write to these any more.
     """
 
@@ -188,7 +190,15 @@ class KVAllocation:
     stored_runs: list[StoredRun] = field(default_factory=list)
     load_start: int | None = None
     loaded_end: int | None = None
+    num_loads: int = 0
+    is_load_short: bool = False
     can_join: bool = True
+
+    def plan_load(self, runs: list[StoredRun]) -> None:
+        """Have positions wait for a load of these runs, if there are any."""
+        self.stored_runs = runs
+        if runs:
+            self.load_start = runs[0].first * self.pool.block_size
 
     @property
     def num_to_prefill(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -98,8 +98,8 @@ class Scenario:
     Attributes:
         has_ladder: semi-PD has two workers of each phase, with other shares.
         has_throttle: decode waits for its turn while prefill is busy.
-        num_slots: blocks of KV that the host's memory holds; 0: there is no tier.
-        has_store: the tier is not of the host: it keeps blocks by name, and all instances share it.
+        tier_slots: blocks of KV that each tier holds: memory of the host, its disk, and a store that keeps blocks by
+            name and that all instances share, those that join too.
         layer_group_bytes: a prompt's last blocks leave in groups of layers of at least this size; 0: all at once.
         prefill_ranks, decode_ranks: ranks of an instance that starts in this role; each holds a part of the heads.
         repeats: messages that may come twice sometimes do, and blocks are sometimes written twice.
@@ -130,8 +130,7 @@ class Scenario:
     repeats: bool
     requests: tuple[RequestSpec, ...]
     faults: tuple[Fault, ...]
-    num_slots: int = 0
-    has_store: bool = False
+    tier_slots: dict[str, int] = field(default_factory=dict)
     has_draft_model: bool = False
     has_eagle_head: bool = False
 
@@ -288,6 +287,18 @@ def draw(seed: int) -> Scenario:
         for again in tiers.choices(requests, k=tiers.randint(2, 6)):
             at = again.at + tiers.uniform(0.0, lasts_s)
             requests.append(dataclasses.replace(again, at=at, client=tiers.randrange(2), abort_at=None))
+    has_store = num_slots > 0 and tiers.random() < 0.4
+    slots = {"store" if has_store else "host": num_slots} if num_slots else {}
+    others = random.Random(f"other tiers {seed}")  # likewise
+    is_small = num_slots > 0 and others.random() < 0.5  # several tiers, whose contents come again while they are bad
+    if is_small:
+        slots = {"host": 2 * needed, "disk": 3 * needed, "store": 4 * needed} | slots
+        slots.pop(others.choice(("host", "disk", "store", "none")), None)
+        bad = Fault(others.uniform(0.0, lasts_s), "bad_tier", 0, lasts_s)
+        faults = tuple(sorted((*faults, bad), key=lambda fault: fault.at))
+        for again in others.choices(requests, k=10):
+            at = others.uniform(0.0, 2 * lasts_s)
+            requests.append(dataclasses.replace(again, at=at, client=others.randrange(2), abort_at=None))
     bursts = random.Random(f"bursts {seed}")  # likewise
     if longest > 2 * BLOCK_SIZE and bursts.random() < 0.12:  # prompts that begin alike come while the first is computed
         begin, at = tuple(bursts.randrange(VOCAB_SIZE) for _ in range(longest)), bursts.uniform(0.0, lasts_s)
@@ -319,7 +330,7 @@ def draw(seed: int) -> Scenario:
         num_decode=rng.randint(1, 2),
         one_sided=rng.random() < 0.5,
         verify=rng.random() < 0.3,
-        num_blocks=needed + rng.choice((0, 1, needed // 2, needed, 2 * needed)),
+        num_blocks=needed + rng.choice((0, 1, needed // 2, needed, 2 * needed)) * (not is_small),
         max_num_seqs=rng.randint(1, 6),
         chunk_size=rng.choice((3, 8, 64)),
         pipeline_depth=rng.randint(1, 3),
@@ -338,6 +349,5 @@ def draw(seed: int) -> Scenario:
         repeats=parts.random() < 0.3,
         requests=tuple(sorted(requests, key=lambda request: request.at)),
         faults=faults,
-        num_slots=num_slots,
-        has_store=num_slots > 0 and tiers.random() < 0.4,
+        tier_slots=slots,
     )

@@ -11,7 +11,7 @@ from hbserve.messages.membership import Join, Joined
 from hbserve.messages.supervisor import SetWorkers, WorkerLost, WorkerSpec
 from tests.fault_search.memory import Arena
 from tests.fault_search.scenario import HEARTBEAT_TIMEOUT_S
-from tests.fault_search.tiers import HostMemory
+from tests.fault_search.tiers import TierMemory
 from tests.fault_search.worker import Worker
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Launcher:
             arena,
             self.kv_rank,
             self._on_exit,
-            world.host,
+            world.memories,
         )
         arena.owner = self.worker  # type: ignore[attr-defined]
         world.trace(f"{self.instance_id} starts")
@@ -91,13 +91,15 @@ class Joiner:
     def on_reply(self, session: int, reply: SchedulerReply) -> None:
         if isinstance(reply, Joined) and reply.error is None and not self.workers and not self.has_left:
             arena = Arena(self.instance_id, self.world.scenario.num_blocks, 0, self.world.check_write)
-            num_slots = self.world.scenario.num_slots
             name = f"{self.instance_id}/{self.world.new_number()}"
-            host = HostMemory(name, num_slots, is_own=True) if num_slots else None
-            if self.world.scenario.has_store:
-                host = self.world.host
+            memories = [
+                memory
+                if memory.info.by_name
+                else TierMemory(memory.info.name, name, memory.info.num_slots, is_own=True)
+                for memory in self.world.memories
+            ]
             self.worker = Worker(
-                self.world, self.instance_id, self.role, self.address, arena, reply.kv_rank, self._on_exit, host
+                self.world, self.instance_id, self.role, self.address, arena, reply.kv_rank, self._on_exit, memories
             )
             arena.owner = self.worker  # type: ignore[attr-defined]
 
@@ -188,7 +190,7 @@ class Supervisor:
             self.arena,
             0,
             lambda worker, _: self._on_exit(worker),
-            self.world.host,
+            self.world.memories,
         )
         self.world.trace(f"{name} starts")
         return name

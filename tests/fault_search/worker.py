@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from hbserve.sampling_params import SamplingParams
 from hbserve.speculation.rounds import accepted_tokens, next_round
 from tests.fault_search.memory import MAX_RANKS, NOTHING, NUM_LAYERS, Arena, kv_of, next_token, score_of
 from tests.fault_search.scenario import BLOCK_BYTES, BLOCK_SIZE, HEARTBEAT_TIMEOUT_S, VOCAB_SIZE
-from tests.fault_search.tiers import Copies, HostMemory
+from tests.fault_search.tiers import Copies, TierMemory
 from tests.fault_search.transfers import Transfers
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Worker(Process):
     Args:
         arena: the memory that it works on; with ``arena.epoch`` 0 it is the worker's own.
         on_exit: called when it has ended, with whether the scheduler had told it to.
-        host: memory of the host that it copies blocks to and from.
+        memories: the tiers that it copies blocks to and from.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Worker(Process):
         arena: Arena,
         kv_rank: int,
         on_exit: Callable[[Worker, bool], None],
-        host: HostMemory | None = None,
+        memories: Sequence[TierMemory] = (),
     ) -> None:
         super().__init__(world, worker_id)
         self.role = self._serves_as = role
@@ -120,7 +120,7 @@ class Worker(Process):
         self._on_exit = on_exit
         self.epoch = world.new_number()
         self.transfers = Transfers(self)
-        self.copies = Copies(self, host)
+        self.copies = Copies(self, memories)
         self._scheduler_epoch = 0
         self.last_ping = world.now
         self._line: Line | None = None

@@ -20,7 +20,7 @@ from tests.fault_search.client import Client, _Request
 from tests.fault_search.memory import MAX_RANKS, NOTHING, Arena
 from tests.fault_search.scenario import HEARTBEAT_TIMEOUT_S, Fault, Scenario
 from tests.fault_search.supervisor import Joiner, Launcher, Split, Supervisor
-from tests.fault_search.tiers import HostMemory
+from tests.fault_search.tiers import TierMemory
 from tests.fault_search.worker import Line, Process, Worker
 
 _START = 1000.0
@@ -123,9 +123,7 @@ class World:
         self.requests: dict[str, _Request] = {}
         self.is_wire_bad = self.is_wire_noisy = self._kills_awaited = self.is_tier_bad = False
         self.tier_rng = random.Random(scenario.seed)
-        self.host = None
-        if scenario.num_slots:
-            self.host = HostMemory("the launcher's", scenario.num_slots, by_name=scenario.has_store)
+        self.memories = [TierMemory(kind, "shared", num_slots) for kind, num_slots in scenario.tier_slots.items()]
         self.launchers: list[Launcher | Joiner] = []
         self._to_be_removed: set[str] = set()
         self.scheduler = SchedulerProcess(self, 1)

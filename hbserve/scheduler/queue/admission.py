@@ -188,9 +188,18 @@ class Admission:
             num_computed=num_cached * pool.block_size,
             num_sealed=num_cached,
             num_read=pool.count_read(block_ids[:num_cached]) * pool.block_size,
-            stored_runs=self._tiers.find(instance, hashes, num_cached) if prefills else [],
         )
+        if prefills:
+            allocation.plan_load(self._tiers.find(instance, hashes, num_cached))
         return allocation
+
+    def find_again(self, sequence: Sequence, allocation: KVAllocation) -> bool:
+        """Plan a load of what tiers have behind the computed part of a prompt; False: computing it is sooner."""
+        instance = self._instances[allocation.instance_id]
+        hashes = self._prefix_hashes(sequence, instance, prefills=True)
+        num_blocks = allocation.num_computed // allocation.pool.block_size
+        allocation.plan_load(self._tiers.find(instance, hashes, num_blocks))
+        return bool(allocation.stored_runs)
 
     def _prefix_hashes(self, sequence: Sequence, instance: InstanceHandle, prefills: bool) -> list[bytes]:
         """Return the hashes of the blocks that may come from the cache, and update the pool's headroom for decode.
@@ -215,12 +224,7 @@ class Admission:
     ) -> bool:
         sequence.prefill_allocation, sequence.decode_allocation = allocation, decode_allocation
         instance = self._instances[allocation.instance_id]
-        if allocation.stored_runs:
-            allocation.load_start = allocation.stored_runs[0].first * allocation.pool.block_size
-        if allocation.load_start == allocation.num_planned:
-            instance.reserve(sequence, allocation)  # in no plan until they are loaded
-        else:
-            instance.activate(sequence, allocation)
+        instance.activate_until_load(sequence, allocation)
         if decode_allocation is not None and decode_allocation is not allocation:
             target = self._instances[decode_allocation.instance_id]
             target.reserve(sequence, decode_allocation)

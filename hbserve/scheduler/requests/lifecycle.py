@@ -54,9 +54,7 @@ class RequestLifecycle(StepResults):
         instances = " and ".join(a.instance_id for a in sequence.allocations)
         cached, blocks = allocation.num_planned, sum(len(a.block_ids) for a in sequence.allocations)
         logger.debug("request %s: admitted to %s, %d cached tokens, %d blocks", sequence.id, instances, cached, blocks)
-        if allocation.stored_runs:
-            self.tiers.begin_load(self._instances[allocation.instance_id], sequence, allocation, allocation.stored_runs)
-            allocation.stored_runs = []
+        self.tiers.begin_load(self._instances[allocation.instance_id], sequence, allocation)
         return True
 
     def _make_room(self) -> bool:
@@ -103,6 +101,7 @@ class RequestLifecycle(StepResults):
             return
         assert allocation.load_start is not None, "a load that nothing waits for"
         allocation.loaded_end = load.num_blocks * allocation.pool.block_size
+        allocation.is_load_short = not all(load.sound)
         self._count_cached(sequence, min(allocation.loaded_end, sequence.num_prompt_tokens) - allocation.load_start)
         logger.debug("request %s: loaded up to token %d", sequence.id, allocation.loaded_end)
         self._join_load(sequence, allocation)

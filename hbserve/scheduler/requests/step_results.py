@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _MASK_DELAY_S = 0.01
 _MAX_MASK_DELAY_S = 0.16
+_MAX_LOADS = 3
+"""Loads of a prompt, each from what the one before could not bring: as many as there are kinds of tiers."""
 _TOKENS_TO_FORGIVE = 16
 """Tokens after which a failed attempt no longer counts. A request that kills workers gets one token at most, from
 its prefill."""
@@ -213,7 +215,10 @@ class StepResults(RequestPhases):
             allocation.num_sealed = full
 
     def _join_load(self, sequence: Sequence, allocation: KVAllocation) -> None:
-        """Go on behind a load if it has ended and all before it is computed; what is not intact is computed."""
+        """Go on behind a load if it has ended and all before it is computed.
+
+        What is not intact is loaded from another tier, or computed.
+        """
         start, end = allocation.load_start, allocation.loaded_end
         if start is None or end is None or allocation.num_computed < start:
             return
@@ -221,7 +226,11 @@ class StepResults(RequestPhases):
         if end > start:
             self._advance(sequence, allocation, end)
             allocation.num_planned = end
-        self._instances[allocation.instance_id].activate(sequence, allocation)
+        instance = self._instances[allocation.instance_id]
+        may_load = allocation.is_load_short and allocation.num_loads < _MAX_LOADS
+        if may_load and self._admission.find_again(sequence, allocation):
+            self.tiers.begin_load(instance, sequence, allocation)
+        instance.activate_until_load(sequence, allocation)
 
     def _on_joined(self, sequence: Sequence, row: InflightRow) -> None:
         """A row has been computed behind blocks that were computed for others."""

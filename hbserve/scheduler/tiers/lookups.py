@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from hbserve.messages.tiers import FindBlocks, FoundBlocks
@@ -56,27 +55,22 @@ class TierLookups:
         return len(self._open)
 
     def begin(self, sequence: Sequence, instances: Iterable[InstanceHandle]) -> None:
-        """Look a new request up, and have it wait for the answer, unless all of its blocks are known."""
-        asked: set[int] = set()
-        for instance in instances:
-            for tier, worker in self._tiers.to_ask(instance):
-                if id(tier) in asked:
-                    continue
-                asked.add(id(tier))
-                keys = sequence.hashes(instance.pool.block_size)[
-                    : (len(sequence.tokens) - 1) // instance.pool.block_size
-                ]
-                num_known = self._num_known(instance, keys)
-                if num_known < len(keys):
-                    compute_s = self._tiers.compute_s(instance, num_known, len(keys))
-                    self._ask(sequence, tier, worker, keys[num_known:], compute_s)
+        """Look a new request up, and have it wait for the answer, unless an instance knows where all of its blocks are.
 
-    def _num_known(self, instance: InstanceHandle, keys: Items[bytes]) -> int:
-        """Count the blocks of a prompt, from the first on, that the pool or any tier is known to hold."""
-        number, directories = instance.pool.count_cached_prefix(keys), list(self._tiers.directories)
-        while number < len(keys) and any(keys[number] in directory for directory in directories):
-            number += 1
-        return number
+        Of the instances that share a tier and compute prompts, the one that knows most of the prompt asks.
+        """
+        best: dict[int, tuple[int, InstanceHandle, Tier, WorkerHandle]] = {}
+        for instance in instances:
+            tiers = self._tiers.to_ask(instance) if instance.role.prefills else []
+            num_known = self._tiers.count_known(instance, _keys(sequence, instance)) if tiers else 0
+            for tier, worker in tiers:
+                if id(tier) not in best or best[id(tier)][0] < num_known:
+                    best[id(tier)] = num_known, instance, tier, worker
+        for num_known, instance, tier, worker in best.values():
+            keys = _keys(sequence, instance)
+            if num_known < len(keys):
+                compute_s = self._tiers.compute_s(instance, num_known, len(keys))
+                self._ask(sequence, tier, worker, keys[num_known:], compute_s)
 
     def _ask(self, sequence: Sequence, tier: Tier, worker: WorkerHandle, keys: list[bytes], compute_s: float) -> None:
         """Ask a tier. ``compute_s``: the predicted time to compute the blocks; 0: it is not known."""
@@ -129,3 +123,9 @@ class TierLookups:
             return
         if sequence.phase is Phase.WAITING and not sequence.attempt:
             sequence.retry_at = self._clock.now
+
+
+def _keys(sequence: Sequence, instance: InstanceHandle) -> list[bytes]:
+    """Return the prefix hashes of the blocks of a prompt that need not be computed."""
+    block_size = instance.pool.block_size
+    return sequence.hashes(block_size)[: (len(sequence.tokens) - 1) // block_size]

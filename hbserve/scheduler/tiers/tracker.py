@@ -88,6 +88,16 @@ class KVTiers:
         worker = copying_worker(instance)
         return [] if worker is None else [(tier, worker) for tier in self._usable(instance) if tier.info.by_name]
 
+    def count_known(self, instance: InstanceHandle, keys: Items[bytes]) -> int:
+        """Count the blocks of a prompt, from the first on, that an instance's pool or its tiers are known to hold."""
+        number, directories = (
+            instance.pool.count_cached_prefix(keys),
+            [tier.directory for tier in self._usable(instance)],
+        )
+        while number < len(keys) and any(keys[number] in directory for directory in directories):
+            number += 1
+        return number
+
     def compute_s(self, instance: InstanceHandle, first: int, end: int) -> float:
         """Predict the time to compute blocks of a prompt; 0: it is not known."""
         block_size = instance.pool.block_size
@@ -148,10 +158,12 @@ class KVTiers:
             tier.s_per_byte *= _FORGET
         return chosen
 
-    def begin_load(
-        self, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation, runs: list[StoredRun]
-    ) -> None:
-        """Load runs into the blocks of an allocation, which is in no plan until `on_result` returns its load."""
+    def begin_load(self, instance: InstanceHandle, sequence: Sequence, allocation: KVAllocation) -> None:
+        """Load what is planned into the blocks of an allocation, until `on_result` returns the load."""
+        runs, allocation.stored_runs = allocation.stored_runs, []
+        if not runs:
+            return
+        allocation.num_loads += 1
         worker = copying_worker(instance)
         assert worker is not None, "an instance that is ready has a worker"
         assert instance.hello is not None

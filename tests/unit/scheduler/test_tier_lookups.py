@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from hbserve.messages.client import AbortRequest
+from hbserve import PdDisaggConfig, SamplingParams
+from hbserve.kv_cache.block_contents import extend_block_hashes
+from hbserve.messages.client import AbortRequest, AddRequest
 from hbserve.messages.tiers import FindBlocks, FoundBlocks, TierInfo
-from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker
-from tests.unit.scheduler.test_tiers import PROMPT, TIMEOUT_S, System
+from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker, Start
+from hbserve.scheduler.scheduler import CpuScheduler
+from tests.support.hellos import hello
+from tests.unit.scheduler.test_tiers import DEMO, PROMPT, TIMEOUT_S, System
 
 STORE = TierInfo(name="store", memory="s", num_slots=64, by_name=True)
 
@@ -157,3 +161,31 @@ def test_a_store_gets_more_blocks_at_once_than_memory() -> None:
     system.step(seconds=0.1)
     [store] = system.copies
     assert len(store.keys) == 2
+
+
+def test_what_instances_know_together_is_looked_up_where_none_knows_it_alone() -> None:
+    """Two instances on two hosts: each host's memory has half of the prompt, and no instance reaches both."""
+    instances = [{"instance_id": name, "instance_type": "unified"} for name in "ab"]
+    config = PdDisaggConfig.from_arguments(str(DEMO), mode="unified", device="cpu", gpu_instances=instances).freeze()
+    scheduler = CpuScheduler(config, {name: f"tcp://{name}:1" for name in "ab"}, Start(now=50.0, time_ns=1000))
+    for connection, name in enumerate("ab", 1):
+        host = TierInfo(name="host", memory=name, num_slots=8)
+        arrival = hello(instance_id=name, epoch=connection, arena_epoch=connection, tiers=[host, STORE])
+        scheduler.step(50.0, [FromWorker(connection, arrival)])
+    keys: list[bytes] = []
+    extend_block_hashes(keys, PROMPT, 16, None)
+    tiers = scheduler._requests.tiers._tiers
+    tiers["host", "a"].directory.add_found(keys[:2])
+    tiers["host", "b"].directory.add_found(keys[2:4])
+
+    def lookups(now: float, name: str) -> list[FindBlocks]:
+        sampling = SamplingParams(temperature=0, max_tokens=2)
+        request = AddRequest(request_id=name, prompt_token_ids=PROMPT, end_token_ids=[], sampling=sampling)
+        outbox = scheduler.step(now, [FromClient(b"c", request)])
+        return [command for _, command in outbox.to_workers if isinstance(command, FindBlocks)]
+
+    [lookup] = lookups(50.1, "r")
+    assert lookup.keys == keys[2:4]
+    tiers["host", "a"].rest(50.2)
+    [lookup] = lookups(50.3, "s")
+    assert lookup.keys == keys[:4]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
+import pytest
 
 from hbserve import PdDisaggConfig, SamplingParams
 from hbserve.messages.client import AbortRequest, AddRequest, OutputBatch, RequestOutput
-from hbserve.messages.tiers import FindBlocks, LoadBlocks, StoreBlocks, TierCommand, TierInfo, TierResult
+from hbserve.messages.tiers import FindBlocks, FoundBlocks, LoadBlocks, StoreBlocks, TierCommand, TierInfo, TierResult
 from hbserve.messages.worker import StepPlan, StepResult
 from hbserve.scheduler.core_io import ConnectionBroke, FromClient, FromWorker, InboxEvent, Start
 from hbserve.scheduler.scheduler import CpuScheduler
@@ -26,14 +27,20 @@ PROMPT = [*range(1, 71)]  # four full blocks
 class System:
     """A unified instance with a pool of ``num_blocks``, whose worker does at once what it is told, except copies."""
 
-    def __init__(self, num_blocks: int = 8, tier: TierInfo = TIER, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 8,
+        tier: TierInfo = TIER,
+        timeout_s: float = TIMEOUT_S,
+        other_tiers: Iterable[TierInfo] = (),
+    ) -> None:
         config = PdDisaggConfig.from_arguments(str(DEMO), mode="unified", device="cpu").freeze()
         kv_cache = msgspec.structs.replace(config.kv_cache, timeout_s=timeout_s)
         performance = msgspec.structs.replace(config.performance, decode_headroom_tokens=0)
         config = msgspec.structs.replace(config, kv_cache=kv_cache, performance=performance)
         self.scheduler = CpuScheduler(config, {"unified-0": "tcp://worker:1"}, Start(now=50.0, time_ns=1000))
         self.now = 50.0
-        self.tier = tier
+        self.tier, self._other_tiers = tier, other_tiers
         self.copies: list[TierCommand] = []
         self.lookups: list[FindBlocks] = []
         self.plans: list[StepPlan] = []
@@ -53,7 +60,7 @@ class System:
             epoch=self.epoch,
             arena_epoch=self.epoch,
             block_bytes=1 << 20,
-            tiers=[self.tier],
+            tiers=[self.tier, *self._other_tiers],
         )
         self.step(FromWorker(1, introduction))
 
@@ -142,7 +149,10 @@ class System:
     @property
     def stats(self) -> dict[str, Any]:
         """What `get_system_stats` says of the tier."""
-        tiers: dict[str, Any] = self.scheduler._stats.collect(False)["kv_tiers"][self.tier.name]
+        return self.stats_of(self.tier.name)
+
+    def stats_of(self, name: str) -> dict[str, Any]:
+        tiers: dict[str, Any] = self.scheduler._stats.collect(False)["kv_tiers"][name]
         return tiers
 
     @property
@@ -204,6 +214,79 @@ def test_a_block_that_is_not_sound_is_computed_with_all_after_it_and_forgotten()
     assert system.stats["failures"] == {"checksum": 1}
     [store] = system.copies  # what was computed again
     assert len(store.keys) == 1
+
+
+def with_disk_and_store() -> System:
+    """A system whose three tiers have the prompt."""
+    disk = TierInfo(name="disk", memory="d", num_slots=64)
+    store = TierInfo(name="store", memory="s", num_slots=64, by_name=True)
+    system = System(other_tiers=[disk, store])
+    for prompt in (PROMPT, [*range(200, 320)]):
+        system.ask(prompt)
+        while system.lookups or system.copies:
+            while system.lookups:
+                lookup = system.lookups.pop()
+                system.step(FromWorker(1, FoundBlocks(epoch=1, lookup_id=lookup.lookup_id, num_found=0)))
+            system.step(seconds=0.3)  # what goes to a store waits for more
+            system.answer_all()
+    system.plans.clear()
+    system.outputs.clear()
+    return system
+
+
+@pytest.mark.parametrize("kind", ["checksum", "missing", "timeout", "backend"])
+def test_what_a_tier_fails_to_bring_the_next_one_brings(kind: str) -> None:
+    system = with_disk_and_store()
+    system.ask(PROMPT)
+    [load] = system.loads()
+    assert load.tier == "host"
+    system.answer(load, {2: kind, 3: kind})
+    [again] = system.loads()
+    assert (again.tier, again.keys, again.block_ids) == ("disk", load.keys[2:], load.block_ids[2:])
+    assert not system.plans
+    system.answer(again, {1: kind})
+    [last] = system.loads()
+    assert (last.tier, last.keys, last.block_ids) == ("store", load.keys[3:], load.block_ids[3:])
+    system.answer(last)
+    assert [*system.prompt_rows()] == [(64, 6)]
+    assert system.cached_tokens() == [64]
+    assert [system.stats_of(name)["saved_prompt_tokens"] for name in ("host", "disk", "store")] == [32, 16, 16]
+    assert system.scheduler._events.counts["tier_failed"] == 2
+    system.answer_all()
+    assert system.num_free == 8
+
+
+def test_a_prompt_that_no_tier_brings_is_computed() -> None:
+    system = with_disk_and_store()
+    system.ask(PROMPT)
+    for name in ("host", "disk", "store"):
+        [load] = system.loads()
+        assert load.tier == name
+        system.answer(load, dict.fromkeys(range(4), "checksum"))
+    assert [*system.prompt_rows()] == [(0, 70)]
+    assert not system.cached_tokens()
+    system.answer_all()
+    assert system.num_free == 8
+
+
+def test_what_a_tier_fails_to_bring_is_computed_where_that_is_sooner() -> None:
+    system = with_disk_and_store()
+    system.scheduler._requests.tiers._compute_s = lambda tokens, start: tokens * 1e-7 if start else 1.0
+    system.ask(PROMPT)
+    system.answer(system.loads()[0], {2: "checksum"})
+    assert [*system.prompt_rows()] == [(32, 38)]
+
+
+def test_a_request_that_loads_again_can_be_aborted() -> None:
+    system = with_disk_and_store()
+    name = system.ask(PROMPT)
+    system.answer(system.loads()[0], {0: "backend"})
+    [again] = system.loads()
+    system.step(FromClient(b"c", AbortRequest(request_id=name)))
+    assert system.num_free == 8 - 5
+    system.answer(again)
+    assert system.num_free == 8
+    assert not system.plans
 
 
 def test_a_late_load_is_computed_in_other_blocks_and_its_own_stay_pinned() -> None:
