@@ -2,7 +2,7 @@
 
 `python -m benchmarks prefill` runs prompts of a model with random weights in this process, as a worker does, and
 records one step. The card's rate is that of the same products alone: in a short burst, and for as long as a prefill
-takes under load, when the card lowers its clock to stay within its power.
+takes under load, when the card lowers its clock to stay within its power. Both are recorded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.device_clock import DeviceClock
 from hbserve.bench.arguments import find_model
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fp8-weights": {"model": {"quantization": "fp8"}},
 }
 _BURST_S, _SUSTAINED_S = 0.02, 0.8
+_PAUSE_S = 1.0  # in which the card cools down before the burst
 
 
 def _make_runner(model: Path, kind: str, prompts: int, length: int) -> ModelRunner:
@@ -159,16 +161,21 @@ def run(arguments: argparse.Namespace) -> None:
     found: dict[str, Any] = {}
     prompts, length = arguments.prompts, arguments.length
     tokens = prompts * length
+    clock = DeviceClock(str(torch.cuda.get_device_properties(0).uuid))
     for kind in arguments.kinds:
         runner = _make_runner(find_model(arguments.model), kind, prompts, length)
         for _ in range(2):
             _step(runner, prompts, length)
-        steps = [_step(runner, prompts, length) for _ in range(8)]
+        with clock.record() as in_steps:
+            steps = [_step(runner, prompts, length) for _ in range(8)]
         best, mean = min(steps), sum(steps) / len(steps)
         by_kind, busy_ms, span_ms = _record(runner, prompts, length)
         decoder = runner._decoder
         flops = 2 * tokens * sum(decoder.token_parameters(i) for i in range(len(decoder.layers)))
-        burst, sustained = (_product_rate(decoder, 4096, seconds) for seconds in (_BURST_S, _SUSTAINED_S))
+        time.sleep(_PAUSE_S)
+        burst = _product_rate(decoder, 4096, _BURST_S)
+        with clock.record() as in_products:
+            sustained = _product_rate(decoder, 4096, _SUSTAINED_S)
         own = flops / by_kind["products"] / 1e9
         found[kind] = {
             "best_tok_s": tokens / best,
@@ -180,6 +187,7 @@ def run(arguments: argparse.Namespace) -> None:
             "burst_tflop_s": burst,
             "sustained_tflop_s": sustained,
             "all_tflop_s": flops / best / 1e12,
+            "clock": {"steps": in_steps, "products alone": in_products},
         }
         print(
             f"{kind}: best {tokens / best:.0f} tok/s, mean of 8 {tokens / mean:.0f}; idle {1 - busy_ms / span_ms:.1%}"
@@ -188,9 +196,9 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"  {name:14} {ms:8.2f} ms  {ms / span_ms:6.1%}")
         print(
             f"  products {own:.0f} TFLOP/s; alone {burst:.0f} in a burst, {sustained:.0f} sustained; "
-            f"whole step {flops / best / 1e12:.0f}",
-            flush=True,
+            f"whole step {flops / best / 1e12:.0f}"
         )
+        print(f"  clock and power in steps: {in_steps}\n  in products alone: {in_products}", flush=True)
         del runner, decoder
         torch.cuda.empty_cache()
     if arguments.json is not None:
