@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -116,6 +116,10 @@ class StackedExpertsPart(CheckpointPart):
         size, count = self.stop - self.start, self.last - self.first
         return (count * self.num_stacked * size, num_columns) if self.dim == 1 else (count * num_rows, size)
 
+    def with_whole_rows(self) -> StackedExpertsPart:
+        """Return the part without a slice of columns."""
+        return replace(self, start=0, stop=self.shape[2]) if self.dim == 2 else self
+
     def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         experts = cast(Tensor, source[self.first : self.last])
         if self.dim == 2:
@@ -139,6 +143,9 @@ class ColumnExpertsPart(StackedExpertsPart):
         num_inputs, num_outputs = self.shape[1:-1], self.shape[-1]
         size, count = self.stop - self.start, self.last - self.first
         return (count * self.num_stacked * size, *num_inputs) if self.dim == 1 else (count * num_outputs, size)
+
+    def with_whole_rows(self) -> StackedExpertsPart:
+        return replace(self, start=0, stop=self.shape[1]) if self.dim == 2 else self
 
     def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
         rows: Tensor = source[self.first : self.last].movedim(-1, 1)

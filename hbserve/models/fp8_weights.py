@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, cast
 
@@ -110,6 +110,43 @@ class _RowScalePart(_QuantisedPart):
 
 
 @dataclass(frozen=True)
+class _QuantisedExpertsPart(CheckpointPart):
+    """FP8 values of unquantised matrices that lie in one tensor; otherwise as `_QuantisedPart`."""
+
+    experts: StackedExpertsPart
+    arena_dtype: ClassVar[str | None] = "float8_e4m3fn"
+    is_slice: ClassVar[bool] = False
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return self.experts.local_shape
+
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
+        columns = slice(self.start, self.stop) if self.dim == 2 else slice(None)
+        return torch.cat([matrix.values[:, columns] for matrix in self._quantised(source, device)])
+
+    def _quantised(self, source: Any, device: torch.device) -> Iterator[Quantised]:
+        """Quantise one expert after the other, because float32 takes much memory."""
+        for expert in range(self.experts.first, self.experts.last):
+            matrix = replace(self.experts.with_whole_rows(), first=expert, last=expert + 1)
+            yield quantise_weight(matrix.read(source, device).to(device))
+
+
+@dataclass(frozen=True)
+class _ExpertsRowScalePart(_QuantisedExpertsPart):
+    """The scales of a `_QuantisedExpertsPart`."""
+
+    arena_dtype: ClassVar[str | None] = "float32"
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return (super().local_shape[0],)
+
+    def read(self, source: Any, device: torch.device, companion: Any = None) -> Tensor:
+        return torch.cat([matrix.scales[:, 0] for matrix in self._quantised(source, device)])
+
+
+@dataclass(frozen=True)
 class WidenedPart(CheckpointPart):
     """FP8 values of the checkpoint times their scales, in the serving dtype.
 
@@ -155,10 +192,9 @@ def fp8_parameters(weight_format: Fp8Format, name: str, parts: tuple[CheckpointP
     if own is None:
         yield name, parts
         return
-    if any(isinstance(part, StackedExpertsPart) for part in parts):
-        raise ModelError(
-            f"{parts[0].name} has all experts; FP8 is supported only where each expert has its own tensors"
-        )
+    if isinstance(parts[0], StackedExpertsPart):
+        yield from _stacked_experts(own, name, parts[0])
+        return
     places = [(part.name, part.shape, part.dim, part.start, part.stop) for part in parts]
     if own.is_widened:
         yield name, tuple(WidenedPart(*place, own.granularity, own.scale_name) for place in places)
@@ -172,6 +208,22 @@ def fp8_parameters(weight_format: Fp8Format, name: str, parts: tuple[CheckpointP
     if own.is_static:
         scales = (_InputScalePart(f"{module}.input_scale", (1,), 0, 0, 1) for module in modules)
         yield f"{name}_input_scale", tuple(scales)
+
+
+def _stacked_experts(weight_format: Fp8Format, name: str, experts: StackedExpertsPart) -> Iterator[Parameter]:
+    """Yield the parameters of experts that lie in one tensor.
+
+    Quantised checkpoints have them as they were: no linear layer has that tensor. Where one has quantised experts, each
+    has tensors of its own.
+    """
+    if not weight_format.is_on_load:
+        yield name, (experts,)
+        return
+    if experts.companion is not None:
+        raise ModelError(f"{experts.name} is quantised already; leave model.quantization out")
+    place = experts.name, experts.shape, experts.dim, experts.start, experts.stop, experts
+    yield name, (_QuantisedExpertsPart(*place),)
+    yield f"{name}_scale", (_ExpertsRowScalePart(*place),)
 
 
 def head_part(weight_format: Fp8Format, head: CheckpointPart) -> CheckpointPart:

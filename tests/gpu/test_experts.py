@@ -164,14 +164,15 @@ def test_experts(num_experts: int, num_chosen: int, router: str, num_tokens: int
     assert_close(plain, expected(x, weights, experts))
 
 
+@pytest.mark.parametrize("is_fp8", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 3, 37, 300, 1000])
-def test_experts_with_biases(num_tokens: int) -> None:
+def test_experts_with_biases(num_tokens: int, is_fp8: bool) -> None:
     """Those of gpt-oss, with its activation; plain torch rounds where the kernels round."""
     experts = mixture(32, 4)
     plain = parameters(experts, 1.0)
+    plain = dataclasses.replace(plain, up=plain.up * 4)  # the activation clamps some values
     weights = dataclasses.replace(
-        plain,
-        up=plain.up * 4,  # the activation clamps some values
+        quantised(plain, has_blocks=False) if is_fp8 else plain,
         logit_bias=random(32),
         up_bias=random(len(plain.up)),
         down_bias=random(len(plain.down)),

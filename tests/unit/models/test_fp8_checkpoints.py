@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hbserve.errors import ModelError
+from hbserve.float8 import widened
 from hbserve.layers.fp8 import Fp8Linear
+from hbserve.layers.fp8 import quantise_weight as quantise_on_load
 from hbserve.layers.linear import PlainLinear
 from hbserve.model_spec import ModelSpec
 from hbserve.models.decoder import Decoder
@@ -187,3 +189,35 @@ def test_scales_of_other_kv_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match='kv_cache_scheme: type "int" is not supported'):
         ModelSpec.load(tmp_path, kv_dtype="fp8")
     assert ModelSpec.load(tmp_path).kv_format is None
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "granitemoe_swa", "gpt_oss"])
+def test_experts_in_one_tensor_are_quantised_on_load(family: str, tmp_path: Path) -> None:
+    """Each row has the scale that it would have alone, on every rank, also of a slice of its columns."""
+    save_model(tmp_path, family, hidden_size=192, intermediate_size=128)
+    plain = loaded(tmp_path)[1]
+    quantised = loaded(tmp_path, quantization="fp8")[1]
+    names = [name for name in plain if name.endswith((".up", ".down")) and f"{name}_scale" in quantised]
+    assert len(names) == 6
+    for name in names:
+        expected = quantise_on_load(plain[name])
+        assert torch.equal(quantised[name].view(torch.uint8), expected.values.view(torch.uint8))
+        assert torch.equal(quantised[f"{name}_scale"], expected.scales[:, 0])
+    values = [loaded(tmp_path, rank, 2)[1] for rank in range(2)]
+    shares = [loaded(tmp_path, rank, 2, quantization="fp8")[1] for rank in range(2)]
+    for name in names:
+        found = [widened(own[name]) * own[f"{name}_scale"][:, None] for own in shares]
+        for rank in range(2):
+            assert (found[rank] - values[rank][name]).abs().max() < 0.04 * plain[name].abs().max()
+        if name.endswith(".down"):
+            assert torch.equal(torch.cat(found, 1), widened(quantised[name]) * quantised[f"{name}_scale"][:, None])
+
+
+def test_experts_in_one_tensor_are_no_linear_layers(tmp_path: Path) -> None:
+    """llm-compressor leaves them as they are, though ``ignore`` does not name them."""
+    model = save_model(tmp_path, "granitemoe", hidden_size=192, intermediate_size=128)
+    before = loaded(tmp_path)[1]
+    make_fp8(tmp_path, model, "ct_channel")
+    decoder, after = loaded(tmp_path)
+    assert isinstance(decoder.layers[0].qkv, Fp8Linear)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith((".up", ".down")))
