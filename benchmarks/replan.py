@@ -12,14 +12,18 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
+import os
 import random
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from benchmarks.step_log import FILE_VARIABLE, Done, Entry, Planned, read_log
 from benchmarks.stream_load import StreamLoad, random_prompt
 from hbserve import DisaggregatedLLM, PdDisaggConfig, SamplingParams
 from hbserve.bench.arguments import default_load_format, find_model
@@ -33,6 +37,9 @@ _SETTLE_S = 1.0
 _TAIL_S = 1.5
 """Time after a change in which gaps still count as the change's."""
 _LONG_GAP_S = 0.02
+_NUM_SHOWN = 12
+_ROUNDED_S = 1e-3
+"""What the times of a gap may be off by."""
 _PERIOD_S = 2.2
 """Time between two requests while a profile is learnt: the system is idle for most of it."""
 _TIME_AFTER_S = 8.0
@@ -61,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--look", type=float, default=30.0, metavar="S", help="auto: time between two looks at the load"
     )
     parser.add_argument("--rounds", type=int, default=3, help="changes there and back")
+    parser.add_argument("--chunk", type=int, metavar="TOKENS", help="changes: prompt tokens of a step at most")
     parser.add_argument("--log-level", default="WARNING", help="of the log on standard error")
     parser.add_argument("--quantization", help="learning: fp8")
     parser.add_argument("--seconds", type=float, default=120.0, help="learning, auto: how long at most")
@@ -100,22 +108,53 @@ def _config(given: argparse.Namespace, **options: Any) -> PdDisaggConfig:
 
 async def _changes(given: argparse.Namespace) -> dict[str, Any]:
     instances = _instances(given)
-    config = _config(given, gpu_instances=instances)
+    recorded = "benchmarks.step_log:RecordingScheduler"
+    config = _config(given, gpu_instances=instances, max_chunk_prefill_tokens=given.chunk, scheduler=recorded)
     rows: list[dict[str, Any]] = []
     half = len(instances) // 2
     apart, together = f"{half}p{len(instances) - half}d", f"unified*{len(instances)}"
-    async with DisaggregatedLLM(config) as llm:
-        load = StreamLoad(llm, given.streams, given.context, max_tokens=3500)
-        async with load.running():
-            await _change_rounds(llm, load, given.rounds, apart, together, rows)
-            if given.prompt:
-                print(f"and with a prompt of {given.prompt} tokens each {given.interval} s")
-                async with load.arrivals(given.prompt, given.interval, 64):
-                    await _change_rounds(llm, load, given.rounds, apart, together, rows)
-        counts, stats = _counts(llm), llm.get_system_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[FILE_VARIABLE] = str(log := Path(folder) / "steps")
+        async with DisaggregatedLLM(config) as llm:
+            load = StreamLoad(llm, given.streams, given.context, max_tokens=3500)
+            async with load.running():
+                await _change_rounds(llm, load, given.rounds, apart, together, rows)
+                if given.prompt:
+                    print(f"and with a prompt of {given.prompt} tokens each {given.interval} s")
+                    async with load.arrivals(given.prompt, given.interval, 64):
+                        await _change_rounds(llm, load, given.rounds, apart, together, rows)
+            counts, stats = _counts(llm), llm.get_system_stats()
+            await asyncio.sleep(_SETTLE_S)
+            _explain(rows, read_log(log))
     links = {name: link["transfers"] for name, link in stats["kv_transfer"]["links"].items()}
+    for name, is_change in (("1.5 s from a change on", True), ("as long without one", False)):
+        windows = [row for row in rows if bool(row["change_s"]) is is_change]
+        gap, second = (
+            max((row[key] for row in windows if not math.isnan(row[key])), default=0.0)
+            for key in ("itl_max_ms", "second_token_max_ms")
+        )
+        number = sum(len(row["long_gaps"]) for row in windows)
+        print(f"{name:<23} longest gap {gap:.1f} ms, second token {second:.1f} ms; over 20 ms: {number} moments")
     print(f"failed: {load.failures or 'none'}; {counts}; transfers {links}")
     return {"rows": rows, "counts": counts, "transfers": links, "failures": load.failures}
+
+
+def _explain(rows: list[dict[str, Any]], entries: list[Entry]) -> None:
+    """Add to each long gap each worker's longest step in it, and print the longest gaps."""
+    plans = {entry.step_id: entry for entry in entries if isinstance(entry, Planned)}
+    done = [entry for entry in entries if isinstance(entry, Done) and entry.step_id in plans]
+    wall_s = time.time() - time.monotonic()
+    found = [(gap, row["window"]) for row in rows for gap in row["long_gaps"]]
+    for gap, _ in found:
+        began = gap["at"] - wall_s
+        inside = [step for step in done if began < step.at <= began + gap["ms"] / 1000 + _ROUNDED_S]
+        for step in sorted(inside, key=lambda step: step.busy_s):
+            plan = plans[step.step_id]
+            gap["steps"][plan.worker_id] = [plan.prompt_tokens, plan.decode_rows, round(1000 * step.busy_s, 1)]
+    for gap, window in sorted(found, key=lambda item: item[0]["ms"], reverse=True)[:_NUM_SHOWN]:
+        print(f"{window}: {_clock(gap['at'])} {gap['ms']} ms, {gap['streams']} streams; longest step of each worker:")
+        for worker, (tokens, num_rows, ms) in sorted(gap["steps"].items()):
+            print(f"    {worker}: {tokens} prompt tokens, {num_rows} decode rows, {ms} ms")
 
 
 def _counts(llm: DisaggregatedLLM) -> dict[str, int]:
@@ -157,11 +196,11 @@ def _note(rows: list[dict[str, Any]], name: str, took: float, load: StreamLoad, 
     }
     rows.append(row)
     wall_s = time.time() - time.monotonic()
-    gaps = load.long_gaps(began, time.monotonic(), _LONG_GAP_S)
-    row["long_gaps"] = long_gaps = [(round(wall_s + at, 3), round(1000 * s, 1), count) for at, s, count in gaps]
     print("{:<26}{:>9}{:>10}{:>9}{:>8}{:>8}{:>15}".format(*row.values()), flush=True)
-    for at, ms, count in long_gaps:
-        print(f"    {_clock(at)} {ms:.1f} ms, {count} streams")
+    row["long_gaps"] = [
+        {"at": round(wall_s + at, 4), "ms": round(1000 * s, 1), "streams": count, "steps": {}}
+        for at, s, count in load.long_gaps(began, time.monotonic(), _LONG_GAP_S)
+    ]
 
 
 def _clock(at: float) -> str:

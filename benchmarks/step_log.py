@@ -42,6 +42,7 @@ class Planned(msgspec.Struct, tag=True, array_like=True):
         expected_s: predicted time of the step; 0: unknown. lead_s: time to the expected end of the step before it, if
             one is in flight.
         chunks: by request, the chunk of its prompt: first position, end, and whether it is the last one.
+        worker_id: the worker that computes it.
     """
 
     at: float
@@ -53,6 +54,7 @@ class Planned(msgspec.Struct, tag=True, array_like=True):
     expected_s: float
     lead_s: float | None
     chunks: dict[str, tuple[int, int, bool]]
+    worker_id: str
 
 
 class Done(msgspec.Struct, tag=True, array_like=True):
@@ -135,7 +137,7 @@ class RecordingScheduler(CpuScheduler):
                         end = worker.timing.expected_end()
                         seconds = worker.timing.predictor.seconds(step.work)
                         lead_s = end - seconds - at if number and end is not None else None
-                        self._log.append(_planned(at, step, seconds, lead_s))
+                        self._log.append(_planned(at, worker.id, step, seconds, lead_s))
 
     def _flush(self, at: float) -> None:
         self._flushed_at = at
@@ -145,7 +147,7 @@ class RecordingScheduler(CpuScheduler):
             file.write(lines)
 
 
-def _planned(at: float, step: InflightStep, seconds: float, lead_s: float | None) -> Planned:
+def _planned(at: float, worker_id: str, step: InflightStep, seconds: float, lead_s: float | None) -> Planned:
     work: Any = step.work
     chunks = {
         row.sequence.request.request_id: (row.start, row.end, row.end == row.allocation.num_tokens_at_entry)
@@ -162,4 +164,5 @@ def _planned(at: float, step: InflightStep, seconds: float, lead_s: float | None
         seconds,
         lead_s,
         chunks,
+        worker_id,
     )
