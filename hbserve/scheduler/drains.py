@@ -188,7 +188,6 @@ class Drains:
         elif self._transfers.prepare(
             {other: other.role for other in self._instances.values()} | {instance: drain.role}
         ):
-            self._planner.plan_preparation(instance, drain.role)  # so that it names its role to a later scheduler
             self._change_role(instance, drain.role)
             self._end(instance.id, None)
         elif self._clock.now > drain.deadline:

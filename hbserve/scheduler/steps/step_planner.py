@@ -90,7 +90,11 @@ class StepPlanner:
         if batch:
             self._plan_batch(step, instance, batch, phases, limit)
         if not step.rows:
-            return False
+            if worker.role is worker.prepared_for or worker.inflight:
+                return False
+            # A later scheduler learns the role from the worker, which has to be told of it.
+            self._send(instance, worker, step, worker.role)
+            return True
         self._open_transfers(instance, step)
         if limit.is_accounted and has_decodes:
             instance.choice.on_mixed_step(now, bool(step.prefill_rows))
