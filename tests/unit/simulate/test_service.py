@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 
 import pytest
 
 from hbserve.config import InstanceRole, SchedulerConfig
+from hbserve.messages.admin import SetRole
+from hbserve.messages.client import OutputBatch
 from hbserve.policy.profile_file import profiled_predictor
 from hbserve.policy.queue_policy import OVERDUE_SHARE, OVERDUE_TARGETS
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, num_pairs
+from hbserve.scheduler.core_io import FromClient
 from hbserve.simulate.config import Sizes, make_config
 from hbserve.simulate.requests import SimulatedRequest
 from hbserve.simulate.world import SimulatedSystem
@@ -104,3 +108,32 @@ def test_best_effort_fills_what_targeted_requests_leave(roles: tuple[str, ...]) 
     assert median_ms[40] < median_ms[0] + 0.03 * TTFT_MS
     assert ends[40] >= ends[0] - 0.01
     assert ends[0] > 0.9
+
+
+def test_a_change_of_roles_makes_no_gap_longer() -> None:
+    """Streams decode on two instances while prompts arrive. The roles change 24 times, or never."""
+    apart, together = (InstanceRole.PREFILL, InstanceRole.DECODE), (InstanceRole.UNIFIED,) * 2
+    longest_s = {}
+    for changes in (False, True):
+        world = SimulatedSystem(
+            make_config(together, Sizes(max_chunk_prefill_tokens=512), shares_prefixes=False),
+            steps(),
+            Sizes().num_blocks,
+        )
+        token_times: dict[str, list[float]] = {}
+        world.on_outputs = partial(note_tokens, world, token_times)
+        for number in range(24) if changes else ():
+            roles = zip(world.devices, together if number % 2 else apart, strict=True)
+            orders = [FromClient(b"", SetRole(number, name, role, deadline_s=60.0)) for name, role in roles]
+            for order in orders:
+                world.clock.at(2.0 + 0.2503 * number, partial(world.post, order))
+        streams = [SimulatedRequest(0.02 * number, 512, 2000) for number in range(24)]
+        world.serve(sorted([*streams, *poisson(8.0, 7.0, (512, 512), (200, 200), 1, 1.0)], key=lambda r: r.arrival))
+        gaps_s = [b - a for times in token_times.values() for a, b in pairwise(times) if 2.0 < b < 8.0]
+        longest_s[changes] = max(gaps_s)
+    assert longest_s[True] < 1.02 * longest_s[False]
+
+
+def note_tokens(world: SimulatedSystem, token_times: dict[str, list[float]], batch: OutputBatch) -> None:
+    for output in batch.outputs:
+        token_times.setdefault(output.request_id, []).extend([world.clock.now] * len(output.token_ids))
