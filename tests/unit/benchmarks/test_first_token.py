@@ -14,7 +14,7 @@ PROMPT = list(range(300))
 
 def planned(at: float, step_id: int, chunks: dict[str, tuple[int, int, bool]], lead_s: float | None) -> Planned:
     tokens = sum(end - start for start, end, _ in chunks.values())
-    return Planned(at, step_id, 8, 800.0, tokens, 0.0, 0.03, lead_s, chunks)
+    return Planned(at, step_id, 8, 800.0, tokens, 0.0, 0.03, lead_s, chunks, "unified-0")
 
 
 def test_the_hops_of_a_prompt_in_two_chunks_add_up_to_its_time_to_the_first_token(tmp_path: Path) -> None:
