@@ -31,7 +31,7 @@ def text_document(document: dict[str, Any]) -> dict[str, Any]:
     """Return what ``config.json`` says of the text part; other documents as they are.
 
     Keys that the part leaves out, or that are null there, are the whole model's, such as the dtype. What is null in
-    both is null: no class's default stands for it.
+    both is null: no class's default stands for it. The LM head is the whole model's, so either may tie it.
     """
     model_type, architectures, part = (document.get(key) for key in ("model_type", "architectures", "text_config"))
     names = architectures if isinstance(architectures, list) else []
@@ -45,6 +45,8 @@ def text_document(document: dict[str, Any]) -> dict[str, Any]:
     whole = {key: value for key, value in document.items() if key not in ("architectures", "text_config")}
     given = {key: value for key, value in (part or {}).items() if key != "architectures"}
     given = {key: whole.get(key) if value is None else value for key, value in given.items()}
+    if whole.get("tie_word_embeddings"):
+        given["tie_word_embeddings"] = True
     return whole | {"model_type": found[0]} | given
 
 

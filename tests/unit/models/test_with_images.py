@@ -52,6 +52,12 @@ def test_null_in_a_text_part_is_no_default() -> None:
     assert text_document(document) == {"model_type": "mistral", "sliding_window": None, "rope_theta": 5.0}
 
 
+def test_the_whole_model_may_tie_the_head_of_its_text_part() -> None:
+    """transformers writes both keys, and the head of these classes lies outside of the text part."""
+    document = {"model_type": "mistral3", "text_config": {"tie_word_embeddings": False}, "tie_word_embeddings": True}
+    assert text_document(document)["tie_word_embeddings"] is True
+
+
 def test_a_text_part_of_an_unknown_type_is_refused_by_name(tmp_path: Path) -> None:
     document = {"model_type": "llava", "text_config": {"model_type": "opt"}}
     (tmp_path / "config.json").write_text(json.dumps(document))
