@@ -5,22 +5,20 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 import torch
 
 from hbserve.errors import ModelError
-from hbserve.model_families import BY_ARCHITECTURE, FAMILIES, family_of
+from hbserve.model_families import BY_ARCHITECTURE, FAMILIES
 from hbserve.model_families.declaration import ACTIVATIONS_BY_NAME, Activation, Experts, Family, LayerNorms, Scales
-from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, reason_of, shown
+from hbserve.model_files import SIZES, checkpoint_tensors, have_equal_bytes, read_config, shown
 from hbserve.rope_spec import RopeSpec, check_rope_numbers, read_ropes
+from hbserve.spec_parts import find_family, has_bias, read_experts, read_scales, read_size, read_windows
 from hbserve.weight_format import (
     KV_SCALE_NAMES,
     Fp8Format,
@@ -30,8 +28,6 @@ from hbserve.weight_format import (
     on_load,
     read_weight_format,
 )
-
-_Value = TypeVar("_Value")
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Names in a checkpoint of the two tensors that may be tied."""
@@ -57,13 +53,6 @@ _CONFIG_KEYS = (
 """Keys of config.json that the forward pass depends on, besides those of the `Family`. The others stay unread:
 transformers would allocate a name for each of ``num_labels``, for example."""
 
-_MAX_EXPERTS = 1 << 16
-"""Bound of the experts of all layers together, since each is three tensors of the checkpoint. The largest published
-models have about 40,000."""
-
-_CLASS, _MAX_COMPARED = "ForCausalLM", 100
-"""End of most classes' names, and the part of a name that is compared with those of families."""
-
 _CAPTURED_FEATURES = {
     "norms of kind gemma_rms",
     "norms of a block's output",
@@ -72,9 +61,6 @@ _CAPTURED_FEATURES = {
     "the activation relu",
 }
 """Those of `ModelSpec.unfused_features` whose plain torch operations have run in CUDA graphs."""
-
-_MAX_SCALE = 1e6
-"""Bound of factors and soft caps: far above every published model, and finite in every dtype's products."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +188,7 @@ class ModelSpec:
 
         try:
             # These checks come first: transformers' message for an unknown model does not say what is supported.
-            model_type, family = _family(document)
+            model_type, family = find_family(document)
             weight_format, is_mxfp4 = read_weight_format(document), has_mxfp4_experts(document)
             if is_mxfp4 and not family.has_expert_biases:
                 raise ModelError(f"quant_method mxfp4 is not supported for {family.architecture}")
@@ -244,44 +230,6 @@ class ModelSpec:
         return msgspec.convert(plain, ModelSpec, dec_hook=lambda _, name: DTYPES[name])
 
 
-def _family(document: dict[str, Any]) -> tuple[str, Family]:
-    """Find the family; ``architectures`` and ``model_type`` must agree where both are given."""
-    model_type, architectures = document.get("model_type"), document.get("architectures")
-    for key, value in (("model_type", [model_type or ""]), ("architectures", architectures or [])):
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise ModelError(f"{key} {shown(document[key])} is not {'a list of names' if key[0] == 'a' else 'a name'}")
-    if not architectures:
-        if model_type is None or model_type not in FAMILIES:
-            hint = _nearest_family(model_type or "", {name: name for name in FAMILIES})
-            raise ModelError(f"model_type {model_type!r} is not supported{hint}. `hbserve models` lists all")
-        return model_type, FAMILIES[model_type]
-    family = family_of(architectures[0])
-    if family is None:
-        hint = _nearest_family(architectures[0], {name.removesuffix(_CLASS): name for name in BY_ARCHITECTURE})
-        raise ModelError(f"architecture {architectures[0]!r} is not supported{hint}. `hbserve models` lists all")
-    other = FAMILIES.get(model_type or "")
-    if other is not None and other.saved_as == family.architecture:
-        return other.model_type, other
-    if model_type and model_type != family.model_type:
-        raise ModelError(
-            f"architectures names {architectures[0]}, which is of model_type {family.model_type!r}, but model_type is "
-            f"{model_type!r}; correct the wrong one"
-        )
-    return family.model_type, family
-
-
-def _nearest_family(name: str, by_stem: dict[str, str]) -> str:
-    """Return a hint such as ``; the nearest supported one is 'llama'``, or none if no name is near.
-
-    It does not say that the other one is meant: models of a similar name may differ in much.
-    """
-    name = name[:_MAX_COMPARED]
-    misspelt = difflib.get_close_matches(name, by_stem.values(), n=1, cutoff=0.9)
-    related = difflib.get_close_matches(name.removesuffix(_CLASS), by_stem, n=1, cutoff=0.6)
-    found = [*(by_stem[stem] for stem in related), *misspelt]
-    return f"; the nearest supported one is {found[0]!r}" if found else ""
-
-
 def _first_lines(error: Exception) -> str:
     """Shorten an error of transformers to one line."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -301,12 +249,12 @@ def _from_config(
         if value not in values:
             raise ModelError(f"{key} {shown(value)} is not supported; supported is {json.dumps(values[0])}")
     # a class whose layers all have experts may have no intermediate_size
-    sizes = {key: _size(config, key) for key in SIZES if key != "head_dim" and hasattr(config, key)}
+    sizes = {key: read_size(config, key) for key in SIZES if key != "head_dim" and hasattr(config, key)}
     num_heads, num_kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if getattr(config, "head_dim", None) is None:
         head_dim = sizes["hidden_size"] // num_heads
     else:
-        head_dim = _size(config, "head_dim")
+        head_dim = read_size(config, "head_dim")
     if head_dim < 2 or head_dim % 2:
         raise ModelError(
             f"head_dim {head_dim} is odd or 0; the rotary embedding needs an even one. Without head_dim it is "
@@ -317,7 +265,7 @@ def _from_config(
     norm_eps = getattr(config, family.norm_eps_key)
     if not 0 <= norm_eps <= 1:
         raise ModelError(f"{family.norm_eps_key} must be in [0, 1], got {norm_eps}")
-    sliding_windows = _sliding_windows(family, config)
+    sliding_windows = read_windows(family, config)
     ropes = read_ropes(family, config, head_dim, max_model_len)
     max_positions = sizes["max_position_embeddings"]
     for rope in {rope for rope in ropes if rope is not None}:
@@ -328,7 +276,7 @@ def _from_config(
         architecture=family.architecture,
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
-        intermediate_size=_size(config, family.width_key) if hasattr(config, family.width_key) else 0,
+        intermediate_size=read_size(config, family.width_key) if hasattr(config, family.width_key) else 0,
         num_layers=sizes["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -336,76 +284,17 @@ def _from_config(
         norm_eps=float(norm_eps),
         max_position_embeddings=max_positions,
         ropes=ropes,
-        qkv_bias=_has_bias(family.qkv_bias, config),
-        o_bias=_has_bias(family.o_bias, config),
-        mlp_bias=_has_bias(family.mlp_bias, config),
+        qkv_bias=has_bias(family.qkv_bias, config),
+        o_bias=has_bias(family.o_bias, config),
+        mlp_bias=has_bias(family.mlp_bias, config),
         tied_embeddings=tied_embeddings,
         sliding_windows=sliding_windows,
         dtype=dtype,
-        scales=_scales(family, config, head_dim),
-        experts=None if family.experts is None else _experts(_read(family.experts, family, config)),
+        scales=read_scales(family, config, head_dim),
+        experts=read_experts(family, config),
         has_qk_norm=family.qk_norm_key is None or bool(getattr(config, family.qk_norm_key)),
         activation=activation,
     )
-
-
-def _read(function: Callable[[Any], _Value], family: Family, config: Any) -> _Value:
-    """Call a function of the declaration, which computes with values of any type."""
-    try:
-        return function(config)
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-        keys = ", ".join(sorted(family.keys))
-        raise ModelError(f"one of {keys} has no usable value: {reason_of(error)}") from None
-
-
-def _has_bias(declared: bool | str, config: Any) -> bool:
-    return bool(getattr(config, declared)) if isinstance(declared, str) else declared
-
-
-def _experts(experts: Experts) -> Experts | None:
-    """Check the sizes; None if no layer has experts."""
-    width = SIZES["intermediate_size"]
-    for name, value, low, bound in (
-        ("number of experts of a layer", experts.num_experts, 1, _MAX_EXPERTS // len(experts.layers)),
-        ("number of experts of a token", experts.num_chosen, 1, experts.num_experts),
-        ("width of an expert", experts.inner_size, 1, width),
-        ("width of the shared expert", experts.shared_size, 0, width),
-        ("number of groups of experts", experts.num_groups, 1, experts.num_experts),
-        ("number of groups of a token", experts.num_chosen_groups, 1, experts.num_groups),
-    ):
-        if not isinstance(value, int) or not low <= value <= bound:
-            raise ModelError(f"the {name} must be in {low}..{bound}, got {shown(value)}")
-    size = experts.num_experts // experts.num_groups
-    if experts.num_groups > 1 and (experts.num_experts % experts.num_groups or size < 2):
-        raise ModelError(f"{experts.num_experts} experts are not {experts.num_groups} groups of 2 or more")
-    if experts.num_chosen > experts.num_chosen_groups * size:
-        raise ModelError(
-            f"the number of experts of a token must be at most {experts.num_chosen_groups * size}, which its groups "
-            f"have, got {experts.num_chosen}"
-        )
-    if not (
-        isinstance(experts.scale, int | float) and math.isfinite(experts.scale) and 0 < experts.scale <= _MAX_SCALE
-    ):
-        raise ModelError(f"the factor of experts must be positive and at most {_MAX_SCALE:g}, got {experts.scale}")
-    return experts if any(experts.layers) else None
-
-
-def _scales(family: Family, config: Any, head_dim: int) -> Scales:
-    scales = _read(family.scales, family, config)
-    for name, value in asdict(scales).items():
-        if value is not None and not (math.isfinite(value) and 0 < value <= _MAX_SCALE):
-            raise ModelError(
-                f"the factor or soft cap of {name} must be positive and at most {_MAX_SCALE:g}, got {value}"
-            )
-    return replace(scales, attention=None) if scales.attention == head_dim**-0.5 else scales
-
-
-def _size(config: Any, key: str) -> int:
-    """Read a size; `read_config` has checked it if config.json has it, and else it is transformers' default."""
-    value = getattr(config, key)
-    if not isinstance(value, int):
-        raise ModelError(f"{key} must be an integer, got {shown(value)}")
-    return value
 
 
 def _has_tied_head(config: Any, folder: Path) -> bool:
@@ -442,36 +331,6 @@ def _kv_format(folder: Path) -> Fp8KV:
         return Fp8KV()
     found = (names for names in KV_SCALE_NAMES if f"model.layers.0.{names[0]}" in tensors)
     return Fp8KV(next(found, None))
-
-
-def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    full, sliding = "full_attention", "sliding_attention"
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and not (
-        isinstance(layer_types, list) and all(isinstance(layer_type, str) for layer_type in layer_types)
-    ):
-        raise ModelError(f"layer_types must be a list of names, got {shown(layer_types)}")
-    if layer_types is not None and len(layer_types) != config.num_hidden_layers:
-        raise ModelError(f"layer_types has {len(layer_types)} entries, num_hidden_layers is {config.num_hidden_layers}")
-    if family.windows != "by_layer":
-        # transformers runs all layers alike here, whatever layer_types says
-        same = sliding if window is not None and family.windows == "uniform" else full
-        if layer_types is not None and set(layer_types) != {same}:
-            raise ModelError(f"layer_types of {family.architecture} is not supported; all layers are of type {same}")
-        layer_types = [same] * config.num_hidden_layers
-    elif layer_types is None:
-        layer_types = [full] * config.num_hidden_layers
-    unknown = sorted(set(layer_types) - {full, sliding})
-    if unknown:
-        raise ModelError(f"layer_types {', '.join(unknown)} not supported; supported are {full}, {sliding}")
-    if sliding in layer_types:
-        if window is None:
-            raise ModelError("layer_types has sliding_attention, but sliding_window is not set")
-        bound = SIZES["max_position_embeddings"]
-        if not isinstance(window, int) or not 1 <= window <= bound:
-            raise ModelError(f"sliding_window must be in 1..{bound}, or null for none, got {shown(window)}")
-    return tuple(window if layer_type == sliding else None for layer_type in layer_types)
 
 
 def _dtype(document: dict[str, Any], folder: Path) -> torch.dtype:
