@@ -216,12 +216,14 @@ def _attend_chunk(
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     group = num_heads // num_kv_heads
-    # the batch is the KV heads and the heads are their query heads: all share one copy of the keys
-    grouped = q.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    keys, values = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
-    sinks = None if sinks is None else sinks.view(num_kv_heads, group, 1, 1)
+    # The batch is the query heads of a KV head, and all of it shares one copy of the keys. It is not the other way
+    # round: where one query is left for its last tile, torch's memory-efficient kernel takes heads whose keys have
+    # stride 0 for queries, and the result is wrong (https://github.com/pytorch/pytorch/issues/191937).
+    grouped = q.view(num_queries, num_kv_heads, group, head_dim).permute(2, 1, 0, 3)
+    keys, values = (x.transpose(0, 1)[None].expand(group, -1, -1, -1) for x in (keys, values))
+    sinks = None if sinks is None else sinks.view(num_kv_heads, group).T[:, :, None, None]
     out = _attend(grouped, keys, values, mask, mask is None, scales, sinks)
-    return out.permute(2, 0, 1, 3).reshape(q.shape)
+    return out.permute(2, 1, 0, 3).reshape(q.shape)
 
 
 def _suits_kernel(scales: Scales, sinks: Tensor | None) -> bool:

@@ -428,3 +428,24 @@ def test_rounds_on_the_device_are_those_on_the_host() -> None:
                 assert [array.tolist() for array in inputs] == [
                     [*values, *[0] * num_padding] for values in arrays(following)
                 ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_queries", [2, 64, 65, 129, 193])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(32, 8), (8, 1), (4, 4)])
+def test_torch_attends_behind_a_prefix(num_queries: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
+    """Also where torch's kernel has a last tile of one query, with heads that share keys."""
+    from hbserve.attention.sdpa import _attend_chunk
+    from hbserve.model_families.declaration import Scales
+
+    num_keys = num_queries + 32
+    q = random(num_queries, num_heads, 128).to(dtype)
+    keys, values = (random(num_keys, num_kv_heads, 128).to(dtype) for _ in range(2))
+    mask = torch.arange(num_keys, device="cuda") <= torch.arange(32, num_keys, device="cuda")[:, None]
+    found = _attend_chunk(q, keys, values, mask, Scales(), None)
+    wide = (x.double().repeat_interleave(num_heads // num_kv_heads, 1).transpose(0, 1) for x in (keys, values))
+    wide_keys, wide_values = wide
+    scores = q.double().transpose(0, 1) @ wide_keys.transpose(1, 2) / 128**0.5
+    expected = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ wide_values).transpose(0, 1)
+    bound = 1e-4 if dtype == torch.float32 else 3e-2
+    assert (found.double() - expected).abs().max() < bound
