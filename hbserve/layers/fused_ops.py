@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hbserve.attention.base import Attention, HeadTransform
 from hbserve.layers import fused
-from hbserve.layers.experts import ExpertWeights
 from hbserve.layers.few_rows import MAX_FEW_ROWS, few_rows
 from hbserve.layers.fp8 import Fp8Linear
 from hbserve.layers.linear import Linear, LinearKernels, PlainLinear, Rows
+from hbserve.layers.mixture.plain import ExpertWeights
 from hbserve.layers.one_row import one_row
 from hbserve.layers.ops import HeadNorms, LayerOps, ResidualStream
 from hbserve.layers.parallel import TensorParallel

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hbserve.attention.base import Attention
 from hbserve.layers.activations import make_activation, xielu
-from hbserve.layers.experts import ExpertWeights, mix_experts
 from hbserve.layers.linear import Linear, Rows
+from hbserve.layers.mixture.plain import ExpertWeights, mix_experts
 from hbserve.layers.norms import NORMS
 from hbserve.layers.parallel import SumAndNorm, TensorParallel, vocab_parallel_embedding
 from hbserve.layers.rotary import RotaryEmbedding
@@ -25,7 +25,7 @@ from hbserve.model_spec import ModelSpec
 from hbserve.platform.cuda_driver import has_triton
 
 if TYPE_CHECKING:
-    from hbserve.layers.grouped_experts import GroupedExperts
+    from hbserve.layers.mixture.grouped import GroupedExperts
 
 
 _UP_ROWS = 2048
@@ -318,7 +318,7 @@ def _group_experts(spec: ModelSpec, parallel: TensorParallel, totals: Tensor | N
     experts = spec.experts
     if experts is None or totals is None or not has_triton(totals.device):
         return None
-    from hbserve.layers.grouped_experts import ACTIVATIONS, GroupedExperts
+    from hbserve.layers.mixture.grouped import ACTIVATIONS, GroupedExperts
 
     if spec.activation not in ACTIVATIONS:
         return None

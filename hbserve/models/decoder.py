@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from hbserve.attention.base import Attention
-from hbserve.layers.experts import ExpertWeights
 from hbserve.layers.linear import Linear, PlainLinear
+from hbserve.layers.mixture.plain import ExpertWeights
 from hbserve.layers.ops import HeadNorms, LayerOps, ResidualStream
 from hbserve.layers.parallel import TensorParallel, join_vocab_shards, vocab_parallel_embedding
 from hbserve.model_spec import ModelSpec

@@ -61,8 +61,8 @@ class WeightTable(msgspec.Struct, frozen=True):
         entries: parameters by name: ``embedding``, ``final_norm``, ``lm_head`` and, under ``layers.<i>.``, ``qkv``,
             ``q_norm``, ``k_norm``, ``o``, ``up`` (``gate | up`` where there is a gate), ``down``, ``curve``, and the
             fields of `LayerNorms` as ``<name>_norm``; a bias is ``<name>_bias``. A layer with experts has the fields of
-            `hbserve.layers.experts.ExpertWeights`. A tied ``lm_head`` lies at ``embedding``. A quantised matrix has
-            further parameters, see `hbserve.models.schemes`. ``sinks [layers * heads]`` are those of attention.
+            `hbserve.layers.mixture.plain.ExpertWeights`. A tied ``lm_head`` lies at ``embedding``. A quantised matrix
+            has further parameters, see `hbserve.models.schemes`. ``sinks [layers * heads]`` are those of attention.
             ``kv_scales [layers * 2, KV heads]`` are those of KV in FP8, of keys and values of one layer after the
             other, if the checkpoint has them.
         num_bytes: size of the arena.

@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 
 from hbserve.layers.activations import make_activation, silu_and_mul  # noqa: E402
-from hbserve.layers.experts import ExpertWeights, choose_experts, mix_experts, router_logits  # noqa: E402
 from hbserve.layers.fp8 import quantise  # noqa: E402
-from hbserve.layers.grouped_experts import GroupedExperts  # noqa: E402
+from hbserve.layers.mixture.grouped import GroupedExperts  # noqa: E402
+from hbserve.layers.mixture.plain import ExpertWeights, choose_experts, mix_experts, router_logits  # noqa: E402
 from hbserve.layers.norms import rms_norm  # noqa: E402
 from hbserve.model_families.declaration import Experts  # noqa: E402
 

@@ -20,7 +20,7 @@ from hbserve.attention import AttentionBatch, select_attention_backend
 from hbserve.attention.base import AttentionBackend
 from hbserve.errors import ConfigError, ModelError
 from hbserve.kv_cache.layout import KVLayout
-from hbserve.layers.experts import choose_experts
+from hbserve.layers.mixture.plain import choose_experts
 from hbserve.layers.norms import rms_norm
 from hbserve.layers.parallel import TensorParallel
 from hbserve.model_spec import ModelSpec

@@ -1,6 +1,6 @@
 """A mixture of experts in plain torch: one product after the other for the experts that a step needs.
 
-It is the reference for `hbserve.layers.grouped_experts`, which computes the same on a GPU.
+It is the reference for `hbserve.layers.mixture.grouped`, which computes the same on a GPU.
 """
 
 from __future__ import annotations

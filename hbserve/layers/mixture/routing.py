@@ -95,7 +95,7 @@ def choose_of_token(  # type: ignore[no-untyped-def]
     num_groups: tl.constexpr, num_chosen_groups: tl.constexpr, group_lanes: tl.constexpr, member_lanes: tl.constexpr,
     is_sigmoid: tl.constexpr, has_bias: tl.constexpr, is_renormalised: tl.constexpr,
 ):  # fmt: skip
-    """Compute `hbserve.layers.experts.choose_experts` of one token.
+    """Compute `hbserve.layers.mixture.plain.choose_experts` of one token.
 
     Returns:
         int32 experts and float32 weights, ``[chosen_lanes]``; the first ``num_chosen`` are valid.
@@ -180,7 +180,7 @@ def choose(
     totals: Tensor,
     counts: Tensor,
 ) -> Choice:
-    """Compute `hbserve.layers.experts.choose_experts` of ``logits [tokens, experts]``.
+    """Compute `hbserve.layers.mixture.plain.choose_experts` of ``logits [tokens, experts]``.
 
     Args:
         local: first and number of this rank's experts.

@@ -26,10 +26,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hbserve.float8 import FP8
-from hbserve.layers.expert_routing import Choice, Groups
-from hbserve.layers.expert_rows import Scales, activate, scales_of
-from hbserve.layers.experts import ExpertWeights
 from hbserve.layers.fp8_rows import fp8_groups, fp8_tokens, to_fp8
+from hbserve.layers.mixture.one_token import Scales, activate, scales_of
+from hbserve.layers.mixture.plain import ExpertWeights
+from hbserve.layers.mixture.routing import Choice, Groups
 from hbserve.platform.cuda_driver import overlaps
 
 

@@ -1,7 +1,7 @@
 """Triton kernels for the products of experts: each expert's weights are read once for all of its tokens.
 
 One kernel computes gate, up and the activation, one the down projection, weighted. A single token takes the kernels
-of `hbserve.layers.expert_rows`. More tokens are grouped by expert (`hbserve.layers.expert_routing`); a product
+of `hbserve.layers.mixture.one_token`. More tokens are grouped by expert (`hbserve.layers.mixture.routing`); a product
 writes one row for each pair of token and expert, and a last kernel sums the rows of a token. So every sum has a fixed
 order.
 
@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.layers.expert_routing import Choice, Groups, choose, group_pairs, max_tiles
-from hbserve.layers.expert_rows import Norm, activate, mix_row, scales_of
-from hbserve.layers.experts import ExpertWeights, router_logits
-from hbserve.layers.many_experts import ChainedTiles, ScaledTiles, mix_pairs_chained, mix_pairs_scaled
+from hbserve.layers.mixture.many_tokens import ChainedTiles, ScaledTiles, mix_pairs_chained, mix_pairs_scaled
+from hbserve.layers.mixture.one_token import Norm, activate, mix_row, scales_of
+from hbserve.layers.mixture.plain import ExpertWeights, router_logits
+from hbserve.layers.mixture.routing import Choice, Groups, choose, group_pairs, max_tiles
 from hbserve.model_families.declaration import Activation, Experts
 from hbserve.platform.cuda_driver import overlaps
 
@@ -241,7 +241,7 @@ class GroupedExperts:
         is_added: bool = False,
         norm: Norm | None = None,
     ) -> None:
-        """Compute `hbserve.layers.experts.mix_experts` of ``x``, without the expert that computes every token.
+        """Compute `hbserve.layers.mixture.plain.mix_experts` of ``x``, without the expert that computes every token.
 
         Args:
             x: contiguous ``[tokens, hidden]``.

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hbserve.layers.expert_routing import Choosing, choose_of_token
-from hbserve.layers.experts import ExpertWeights
+from hbserve.layers.mixture.plain import ExpertWeights
+from hbserve.layers.mixture.routing import Choosing, choose_of_token
 from hbserve.layers.one_row import split_row
 from hbserve.layers.packed_row import ROW_PEAK, chunk_sums, load_words, pack_row
 from hbserve.model_families.declaration import Experts
@@ -246,7 +246,7 @@ def mix_row(
     out: Tensor,
     is_added: bool,
 ) -> None:
-    """Choose the experts of one token and compute them; see `hbserve.layers.grouped_experts.GroupedExperts.mix`.
+    """Choose the experts of one token and compute them; see `hbserve.layers.mixture.grouped.GroupedExperts.mix`.
 
     A row of the experts' weights has a multiple of four bytes.
 
