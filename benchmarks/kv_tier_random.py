@@ -14,6 +14,9 @@ drift    how far log-probabilities of the same tokens after the same tokens are 
 gap      how far the two tokens are apart where two answers part, as the system without tiers computes it afterwards,
          from the prompt and the tokens before. It must be at most twice the control's drift, too.
 planted  the drift of prompts of which one block was exchanged, in the system without tiers: what a wrong block does.
+
+Where answers drift further apart, both systems are asked again: was the answer wrong or the earlier one, and is what is
+stored wrong, too?
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ _MIN_PLANTED_TOKENS = 8
 _BOUND = 2.0
 """Multiple of the control's largest drift that a drift and a gap may have."""
 _REPORT_S = 60.0
+_MAX_KEPT = 20
+"""Comparisons with the widest drift, which may be looked at afterwards."""
 _Item = TypeVar("_Item")
 
 
@@ -144,6 +149,8 @@ async def _measure(arguments: argparse.Namespace, tiers: dict[str, Any], faults:
         await idle_stats(plain)
         planted = await control.planted(load.known[-_NUM_PLANTED:])
         bound = _BOUND * control.widest_drift
+        for comparison in (one for kept in (load, control) for one in kept.widest if one.drift > bound):
+            print(f"apart: {await control.explain(comparison, load)}", flush=True)
         judged = [await control.judge(kept.partings[:_MAX_JUDGED]) for kept in (load, control)]
         devices = [instance["device"] for instance in stats["gpu_instances"].values()]
     is_exact = arguments.dtype == "float32" and all(device.startswith("cpu") for device in devices)
@@ -203,10 +210,17 @@ async def idle_stats(llm: DisaggregatedLLM) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class Answer:
-    """Tokens, and log-probabilities of the likeliest ones at each place."""
+    """Tokens, and log-probabilities of the likeliest ones at each place.
+
+    Attributes:
+        request: what was asked, and when.
+        num_cached: prompt tokens that were not computed.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    request: str = ""
+    num_cached: int = 0
 
 
 def compare(answer: Answer, known: Answer) -> tuple[int | None, float]:
@@ -217,11 +231,16 @@ def compare(answer: Answer, known: Answer) -> tuple[int | None, float]:
     """
     drift = 0.0
     for place, (token, other) in enumerate(zip(answer.tokens, known.tokens, strict=False)):
-        one, two = answer.logprobs[place], known.logprobs[place]
-        drift = max(drift, max((abs(one[token] - two[token]) for token in one.keys() & two.keys()), default=math.inf))
+        drift = max(drift, _apart(answer.logprobs[place], known.logprobs[place]))
         if token != other:
             return place, drift
     return None, drift
+
+
+def _apart(one: dict[int, float], two: dict[int, float]) -> float:
+    """Return how far log-probabilities of the same tokens are apart; infinite if there are none, or no numbers."""
+    drifts = [abs(one[token] - two[token]) for token in one.keys() & two.keys()]
+    return max(drifts) if drifts and all(map(math.isfinite, drifts)) else math.inf
 
 
 @dataclass(eq=False)
@@ -230,6 +249,16 @@ class _Known:
 
     prompt: list[int]
     answer: Answer = field(default_factory=Answer)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """An answer, and the earlier one that it was compared with."""
+
+    drift: float
+    prompt: list[int]
+    answer: Answer
+    known: Answer
 
 
 @dataclass(frozen=True)
@@ -248,6 +277,9 @@ class _Load:
 
     def __init__(self, llm: DisaggregatedLLM, arguments: argparse.Namespace, seconds: float) -> None:
         self._llm, self._arguments, self._seconds = llm, arguments, seconds
+        self._began = time.monotonic()
+        self._num_asked = 0
+        self.widest: list[_Comparison] = []
         self.known: list[_Known] = []  # the one that was used last at the end
         self.partings: list[_Parting] = []
         self._drifts: list[float] = []
@@ -273,8 +305,9 @@ class _Load:
         priority: Literal["batch"] | None = None,
         abort_at: int = -1,
         num_logprobs: int = _NUM_LOGPROBS,
+        kind: str = "judge",
     ) -> Answer:
-        """Return a request's answer.
+        """Return a request's answer; ``kind``: for its name.
 
         Raises:
             HBServeError: if it has not all its tokens.
@@ -282,10 +315,13 @@ class _Load:
         sampling = SamplingParams(
             temperature=0, max_tokens=num_tokens, ignore_eos=True, priority=priority, logprobs=num_logprobs
         )
-        answer = Answer()
-        async with aclosing(self._llm.stream(prompt, sampling)) as deltas:
+        self._num_asked += 1
+        request_id = f"{kind}-{self._num_asked}"
+        answer = Answer(request=f"{request_id} at {time.monotonic() - self._began:.3f} s, {time.strftime('%H:%M:%S')}")
+        async with aclosing(self._llm.stream(prompt, sampling, request_id)) as deltas:
             async for delta in deltas:
                 if not answer.tokens:
+                    answer.num_cached = delta.num_cached_tokens
                     self._num_cached += delta.num_cached_tokens
                 answer.tokens += delta.token_ids
                 answer.logprobs += [dict(zip(top.top_ids, top.top, strict=True)) for top in delta.logprobs or ()]
@@ -314,7 +350,7 @@ class _Load:
             num_tokens = int(draw.integers(1, arguments.output_len + 1))
             abort_at = int(draw.integers(1, num_tokens + 1)) if kind == "aborted" else -1
             priority: Literal["batch"] | None = "batch" if kind == "batch" else None
-            answer = await self.ask(item.prompt, num_tokens, priority, abort_at)
+            answer = await self.ask(item.prompt, num_tokens, priority, abort_at, kind=kind)
             self._counts[kind] += 1
             self._note(item, answer)
             if kind == "growing" and len(item.prompt) + len(answer.tokens) <= arguments.prompt_len:
@@ -329,6 +365,9 @@ class _Load:
         if item.answer.tokens and answer.tokens:
             place, drift = compare(answer, item.answer)
             self._drifts.append(drift)
+            self.widest.append(_Comparison(drift, item.prompt, answer, item.answer))
+            self.widest.sort(key=lambda comparison: -comparison.drift)
+            del self.widest[_MAX_KEPT:]
             if place is not None:
                 ones = answer.tokens[place], item.answer.tokens[place]
                 self.partings.append(_Parting(item.prompt + answer.tokens[:place], ones))
@@ -360,6 +399,20 @@ class _Load:
             return abs(one - two) if math.isfinite(one) and math.isfinite(two) else math.inf
 
         return await self._all(gap, partings)
+
+    async def explain(self, comparison: _Comparison, other: _Load) -> str:
+        """Say which of two answers is not what this system gives, and whether another one gives it still."""
+        longest = max((comparison.answer, comparison.known), key=lambda answer: len(answer.tokens))
+        own = await self.ask(comparison.prompt, len(longest.tokens))
+        again = await other.ask(comparison.prompt, len(longest.tokens))
+        answers = {"the answer": comparison.answer, "the earlier one": comparison.known, "one more": again}
+        lines = [f"{len(comparison.prompt)} prompt tokens; the system without tiers gives {own.tokens}"]
+        for name, answer in answers.items():
+            lines.append(f"  {name} ({answer.request}, {answer.num_cached} cached): {answer.tokens}")
+            apart = [_apart(*pair) for pair in zip(answer.logprobs, own.logprobs, strict=False)]
+            lines.append(f"    drift from it at each place: {' '.join(f'{drift:.2g}' for drift in apart)}")
+            lines.append(f"    its first places: {answer.logprobs[:2]}")
+        return "\n".join(lines)
 
     async def planted(self, items: list[_Known]) -> list[float]:
         """Exchange one block of known prompts, and return how far their answers drift."""
