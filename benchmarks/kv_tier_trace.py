@@ -4,6 +4,9 @@ Two systems start on the same device, and are loaded in turns while the other on
 trace, as it is, or with prompts of which nothing repeats (`fresh`). All lengths are divided by ``--scale``, so that a
 short part has many requests. Pool and tier are to be smaller by the same factor, and the rate higher. Then the same
 share of tokens comes back before it is forgotten, and sequences hold the same share of the pool.
+
+Beside the latencies it says where the time goes: number of steps, seconds in which the device computes them and in
+which the host launches them, and CPU seconds of the systems' processes by name.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from contextlib import AsyncExitStack
+import os
+from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,8 @@ from hbserve.model_spec import ModelSpec
 _BLOCK_SIZE = 16
 _FIRST_TOKEN = 10  # the lowest ids are often special tokens
 _DRAIN_S = 60.0
+_MIN_CPU_S = 0.05
+"""A process that uses less is not listed."""
 
 
 @dataclass(frozen=True)
@@ -113,21 +119,51 @@ async def _measure(arguments: argparse.Namespace, trace: list[TraceEntry]) -> No
             await _warm_up(target, loads[0])
         for number, (part, load) in enumerate(zip(arguments.parts, loads, strict=True)):
             for name, target in systems if number % 2 == 0 else systems[::-1]:
-                before = (await target.describe())["stats"]["cpu_scheduler"]
+                before, cpu_before = (await target.describe())["stats"], _cpu_seconds()
                 result = await LoadRun(target, load, targets, ("ttft_ms", "tpot_ms"), None, _DRAIN_S).run()
                 stats = (await target.describe())["stats"]
                 names = "cached_prompt_tokens", "prompt_tokens"
-                cached, prompt = (stats["cpu_scheduler"][key] - before[key] for key in names)
+                cached, prompt = (stats["cpu_scheduler"][key] - before["cpu_scheduler"][key] for key in names)
+                cpu_s = {
+                    name: round(used, 2)
+                    for name, seconds in _cpu_seconds().items()
+                    if (used := seconds - cpu_before.get(name, 0.0)) > _MIN_CPU_S
+                }
+                work = {key: _total(stats, key) - _total(before, key) for key in ("steps", "busy_s", "host_s")}
                 summary = summarize(result.records, targets)
                 rows.append(
                     {"part": asdict(part), "system": name, "cached": cached, "prompt": prompt, "summary": summary}
+                    | {"work": work, "cpu_s": cpu_s}
                     | {"tier": stats["kv_tiers"].get("host"), "ttft_s": [record.ttft_s for record in result.records]}
                 )
                 print(
-                    f"{part.kind:6} {name}: {_line(summary)}, {cached / prompt:.1%} of the prompts cached", flush=True
+                    f"{part.kind:6} {name}: {_line(summary)}, {cached / prompt:.1%} of the prompts cached; "
+                    f"{work['steps']} steps, {work['busy_s']:.2f} s of the device, {work['host_s']:.2f} s to launch, "
+                    f"CPU {cpu_s}",
+                    flush=True,
                 )
                 if arguments.json is not None:  # also if it is ended before the last part
                     arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _total(stats: dict[str, Any], key: str) -> float:
+    """Add up a number of all instances."""
+    return float(sum(instance[key] for instance in stats["gpu_instances"].values()))
+
+
+def _cpu_seconds() -> dict[str, float]:
+    """Return the CPU seconds of this process and those below it, by name."""
+    seconds: dict[str, float] = {}
+    waiting = [os.getpid()]
+    while waiting:
+        folder = Path(f"/proc/{waiting.pop()}")
+        with suppress(OSError):
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            ticks = sum(map(int, rest.split()[11:13]))
+            seconds[name] = seconds.get(name, 0.0) + ticks / os.sysconf("SC_CLK_TCK")
+            for task in (folder / "task").iterdir():
+                waiting += [int(child) for child in (task / "children").read_text().split()]
+    return seconds
 
 
 def _line(summary: dict[str, Any]) -> str:
