@@ -170,8 +170,9 @@ def checksums_of(blocks: torch.Tensor) -> torch.Tensor:
     """Compute one 64-bit number for each block: int64 ``[block]``.
 
     It is the sum of the block's words times random odd numbers, modulo 2^64 (multiply-add hashing, Carter and Wegman
-    1979). Any change of one word changes it; other changes and swapped words do almost certainly. It guards against
-    faults, not against an adversary.
+    1979). Any change of one word changes it; other changes and swapped words do almost certainly. Changes of the same
+    high bit in two words cancel out with a chance of ``2 ** (bit - 63)``: always for bit 63. It guards against faults,
+    not against an adversary.
 
     Args:
         blocks: uint8 ``[block, byte]``, contiguous.
