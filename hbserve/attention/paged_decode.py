@@ -35,6 +35,7 @@ from hbserve.attention.base import Attention, HeadTransform, ScoreRules
 from hbserve.attention.decode_pieces import MAX_SMALL_BATCH_PROGRAMS, MAX_SPLITS, PieceCutter, Pieces
 from hbserve.attention.decode_tiles import in_registers, merge_parts
 from hbserve.attention.fp8_direct import TILE_TOKENS, attend_directly
+from hbserve.attention.row_cluster import MAX_SHORT_TOKENS, RowCluster
 from hbserve.attention.row_decode import RowDecode
 from hbserve.float8 import FP8
 from hbserve.kv_cache.layout import KVLayout
@@ -255,6 +256,8 @@ class PagedDecode(Attention):
 
     Attributes:
         max_run_rows: maximum number of rows of a run.
+        max_short_tokens: how long a sequence may be whose only row is computed as a short one; 0: there is no other
+            kernel for it.
     """
 
     def __init__(
@@ -281,6 +284,11 @@ class PagedDecode(Attention):
         # Queries and keys of a cache in FP8 are mixed before they are stored, by another kernel.
         has_row_kernel = self.kv_scales is None and self._rules.are_usual
         self._row = RowDecode(kv_cache, num_heads, self._counters) if has_row_kernel else None
+        self._short_row: RowCluster | None = None
+        if has_row_kernel and RowCluster.supports(kv_cache, num_heads):
+            self._short_row = RowCluster(kv_cache, num_heads, self._counters)
+        self.max_short_tokens = 0 if self._short_row is None else MAX_SHORT_TOKENS
+        self._is_short = False
 
     @staticmethod
     def supports(layout: KVLayout) -> str | None:
@@ -291,9 +299,13 @@ class PagedDecode(Attention):
             return f"has no kernel for head size {layout.head_dim}, only up to 256"
         return None
 
-    def begin(self, inputs: DecodeInputs) -> None:
-        """Let `attend` compute this batch from now on."""
-        self._inputs, self.slot_mapping = inputs, inputs.slot_mapping
+    def begin(self, inputs: DecodeInputs, is_short: bool = False) -> None:
+        """Let `attend` compute this batch from now on.
+
+        Args:
+            is_short: the batch is one row of at most `max_short_tokens`.
+        """
+        self._inputs, self.slot_mapping, self._is_short = inputs, inputs.slot_mapping, is_short
         self.transforms_heads = self.needs_no_pieces(len(inputs.positions))
 
     def needs_no_pieces(self, num_rows: int) -> bool:
@@ -356,7 +368,11 @@ class PagedDecode(Attention):
         assert self._inputs is not None, "no batch has begun"
         assert self._row is not None, "it transforms no heads"
         inputs = self._inputs
-        self._row.attend(layer, qkv, heads, inputs.positions, inputs.slot_mapping, inputs.indices, out)
+        row: RowCluster | RowDecode = self._row
+        if self._is_short:
+            assert self._short_row is not None, "it has no kernel for short rows"
+            row = self._short_row
+        row.attend(layer, qkv, heads, inputs.positions, inputs.slot_mapping, inputs.indices, out)
 
     def _launch_shape(self, num_rows: int) -> _LaunchShape:
         layout, programs = self.layout, num_rows * self.layout.num_kv_heads
