@@ -79,6 +79,7 @@ class DecodeGraphs:
         self._logits = decoder.lm_head.new_empty(table.max_num_seqs, decoder.num_logits)
         self._sample_counters = torch.zeros(table.max_num_seqs, dtype=torch.int32, device=device)
         self._graphs: dict[int, StepGraph] = {}
+        self._short_graph: StepGraph | None = None  # of one row of a sequence of up to `max_short_tokens`
         self.rounds = GraphRounds(self._inputs, self._block_size, max_seq_len, table.vocab_size)
         self._capture_first(device, defers)
 
@@ -113,28 +114,32 @@ class DecodeGraphs:
         another stream (`can_capture_beside_steps`).
         """
         self._graphs[size] = yield from self._capture(size, self.pool if self._graphs else self._first_pool)
+        if size == 1 and self._attention.max_short_tokens:
+            self._short_graph = yield from self._capture(size, self.pool, is_short=True)
         self.sizes.add(size)
 
     @contextmanager
     def of_layers(self, layers: list[int]) -> Iterator[None]:
         """Give the smallest graph only these layers while the body runs, so that a rehearsal takes little time."""
         size = self.sizes.min_captured
-        whole = self._graphs[size]
-        self._graphs[size] = run_through(self._capture(size, self.pool, layers))
+        whole = self._graphs[size], self._short_graph
+        self._graphs[size], self._short_graph = run_through(self._capture(size, self.pool, layers)), None
         try:
             yield
         finally:
-            self._graphs[size] = whole
+            self._graphs[size], self._short_graph = whole
 
-    def _capture(self, size: int, pool: Any, layers: list[int] | None = None) -> Parts[StepGraph]:
-        self._begin(size)
+    def _capture(
+        self, size: int, pool: Any, layers: list[int] | None = None, is_short: bool = False
+    ) -> Parts[StepGraph]:
+        self._begin(size, is_short)
         run_to_capture(lambda: self._step(size, self._decoder.typical_layers))
         yield
         graph: Any = torch.cuda.CUDAGraph()
         token_ids = yield from capture_in_parts(graph, pool, self._step_parts(size, layers))
         return StepGraph(graph, token_ids)
 
-    def _begin(self, size: int) -> None:
+    def _begin(self, size: int, is_short: bool = False) -> None:
         """Prepare a step of padding."""
         self._copy_padding(size)
         tensor = self._inputs.tensor
@@ -149,7 +154,8 @@ class DecodeGraphs:
                 tensor("num_stored", size),
                 tensor("slot_mapping", size),
                 tensor("chunk_len", 1),
-            )
+            ),
+            is_short,
         )
 
     def _copy_padding(self, size: int) -> None:
@@ -297,7 +303,7 @@ class DecodeGraphs:
     ) -> tuple[Sampled, list[int]]:
         """Launch a step of one row, as `launch` does: the steps of a small model are as short as its work for a batch.
 
-        `hbserve.attention.row_decode` reads no pieces.
+        The attention kernels of one row read no pieces.
         """
         table, slot, start = self._table, row.slot, row.start
         page, offset = divmod(start, self._block_size)
@@ -315,6 +321,8 @@ class DecodeGraphs:
         }
         self._inputs.fill_row(values, blocks)
         graph = self._graphs[self.sizes.choose(1)]
+        if self._short_graph is not None and start < self._attention.max_short_tokens:
+            graph = self._short_graph
         take_turn()
         timer.start()
         self._inputs.copy()

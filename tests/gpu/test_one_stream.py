@@ -36,6 +36,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual.float(), expected.float(), atol=TOLERANCE * spread, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("in_clusters", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 65, 640, 4096, 9000])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page", "rotated_dim", "is_interleaved", "has_norm"),
@@ -44,9 +45,13 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
         (6, 2, 96, 8, 48, False, True),
         (8, 1, 64, 256, 32, True, False),
         (40, 2, 256, 16, None, False, False),
+        (10, 2, 256, 16, None, False, False),
+        (9, 3, 64, 16, None, False, False),
+        (8, 8, 80, 32, None, False, True),
     ],
 )
 def test_attention_with_the_transform_of_heads(
+    in_clusters: bool,
     length: int,
     heads: int,
     kv_heads: int,
@@ -57,6 +62,7 @@ def test_attention_with_the_transform_of_heads(
     has_norm: bool,
 ) -> None:
     from hbserve.attention.base import HeadTransform
+    from hbserve.attention.row_cluster import RowCluster
     from hbserve.attention.row_decode import RowDecode
     from hbserve.layers.norms import rms_norm
     from hbserve.layers.rotary import RotaryEmbedding
@@ -74,7 +80,9 @@ def test_attention_with_the_transform_of_heads(
     block, offset = int(pages[-1]), last % page
     cache.view(torch.uint8)[block, :, :, offset:] = 0xFF  # what was never written is no number
     counters = torch.zeros(kv_heads, dtype=torch.int32, device="cuda")
-    kernel = RowDecode(cache, heads, counters)
+    if in_clusters and not RowCluster.supports(cache, heads):
+        pytest.skip("there is no such kernel for this cache or on this GPU")
+    kernel = RowCluster(cache, heads, counters) if in_clusters else RowDecode(cache, heads, counters)
     qkv = random(1, (heads + 2 * kv_heads) * head_dim)
     position = torch.tensor([last], device="cuda")
     out = torch.empty(1, heads, head_dim, dtype=torch.bfloat16, device="cuda")
@@ -137,9 +145,13 @@ def test_embeddings_of_tokens_that_are_fed_back(scale: float) -> None:
     assert torch.equal(fused.embed(given, last, slots, embedding, scale), expected * scale)
 
 
+@pytest.mark.parametrize("max_short_tokens", [None, 310])
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3_moe"])
-def test_tokens_of_one_stream_are_the_most_likely(name: str, tmp_path: Path) -> None:
-    """A lone greedy sequence, whose steps are replays of the smallest graph; transformers computes in float32."""
+def test_tokens_of_one_stream_are_the_most_likely(name: str, max_short_tokens: int | None, tmp_path: Path) -> None:
+    """A lone greedy sequence, whose steps are replays of graphs of one row; transformers computes in float32.
+
+    At ``max_short_tokens`` the other kernel for attention takes over.
+    """
     model = save_model(tmp_path, name).cuda()
     section = {"path": str(tmp_path), "device": "cuda", "dtype": "bfloat16"}
     config = from_dict({"model": section, "performance": {"num_blocks": 200, "max_num_seqs": 2}})
@@ -147,6 +159,9 @@ def test_tokens_of_one_stream_are_the_most_likely(name: str, tmp_path: Path) -> 
     platform.activate()
     runner = ModelRunner(config, config.gpu_instances[0], platform)
     runner.kv_blocks.fill_(0xFF)
+    assert runner._graphs is not None
+    if max_short_tokens is not None:
+        runner._graphs._attention.max_short_tokens = max_short_tokens
     driver = Driver(runner)
     for slot, length in enumerate((1, 300)):
         prompt = torch.randint(VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length)).tolist()
@@ -159,11 +174,15 @@ def test_tokens_of_one_stream_are_the_most_likely(name: str, tmp_path: Path) -> 
         assert len({*output}) > 5, "the model repeats itself"
 
 
+@pytest.mark.parametrize("in_clusters", [True, False])
 @pytest.mark.parametrize(("hidden", "heads", "inner"), [(1024, 16, 3072), (576, 6, 1536), (4096, 32, 12288)])
 @pytest.mark.parametrize("kind", ["bfloat16", "channel", "block"])
-def test_kernels_that_begin_early_read_nothing_too_early(kind: str, hidden: int, heads: int, inner: int) -> None:
+def test_kernels_that_begin_early_read_nothing_too_early(
+    kind: str, hidden: int, heads: int, inner: int, in_clusters: bool
+) -> None:
     """Layers in one captured graph, where kernels overlap, against the same kernels one after the other."""
     from hbserve.attention.base import HeadTransform
+    from hbserve.attention.row_cluster import RowCluster
     from hbserve.attention.row_decode import RowDecode
     from hbserve.layers.fp8 import Fp8Linear, quantise_weight
     from hbserve.layers.linear import PlainLinear
@@ -180,7 +199,7 @@ def test_kernels_that_begin_early_read_nothing_too_early(kind: str, hidden: int,
         scale = rows.scales[:, 0] if kind == "channel" else blocks
         return Fp8Linear(rows.values, scale, None, None, torch.bfloat16)
 
-    num_layers, kv_heads, head_dim = 6, 2, 128
+    num_layers, kv_heads, head_dim = 6, max(2, heads // 8), 128
     layers = [
         (
             linear((heads + 2 * kv_heads) * head_dim, hidden),
@@ -196,7 +215,10 @@ def test_kernels_that_begin_early_read_nothing_too_early(kind: str, hidden: int,
         (head_norm, head_norm), 1e-6, rotary.inverse_frequencies, rotary.magnitude, rotary.rotated_dim, False
     )
     cache = random(60, num_layers, 2, 16, kv_heads, head_dim)
-    attention = RowDecode(cache, heads, torch.zeros(kv_heads, dtype=torch.int32, device="cuda"))
+    counters = torch.zeros(kv_heads, dtype=torch.int32, device="cuda")
+    if in_clusters and not RowCluster.supports(cache, heads):
+        pytest.skip("there is no such kernel for this cache or on this GPU")
+    attention = RowCluster(cache, heads, counters) if in_clusters else RowDecode(cache, heads, counters)
     pages = torch.randperm(60, device="cuda").to(torch.int32)
     position = torch.tensor([700], device="cuda")
     slot = pages[700 // 16].long()[None] * 16 + 700 % 16
