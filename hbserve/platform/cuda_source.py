@@ -84,10 +84,17 @@ class ClusterKernel:
         call("cuFuncSetAttribute", self._function, ctypes.c_int(_MAX_SHARED_BYTES), shared_bytes)
         if cluster_size > _MAX_PORTABLE_CLUSTER:
             call("cuFuncSetAttribute", self._function, ctypes.c_int(_LARGE_CLUSTERS), ctypes.c_int(1))
+        self.fits = self._max_clusters() > 0
+
+    def _max_clusters(self) -> int:
+        """Return how many clusters the multiprocessors of the current stream run at a time."""
         stream: Any = torch.cuda.current_stream()
         count, config = ctypes.c_int(), self._config(1, stream.cuda_stream, overlap=False)
-        call("cuOccupancyMaxActiveClusters", ctypes.byref(count), self._function, ctypes.byref(config))
-        self.fits = count.value > 0
+        try:
+            call("cuOccupancyMaxActiveClusters", ctypes.byref(count), self._function, ctypes.byref(config))
+        except RuntimeError as error:  # the stream's multiprocessors are in no group of a cluster's size
+            logger.info("no clusters of %d blocks here: %s", self._cluster_size, error)
+        return count.value
 
     def launch(self, num_clusters: int, *arguments: Any, overlap: bool) -> None:
         """Queue the kernel in the current stream.
