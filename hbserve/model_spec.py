@@ -203,8 +203,8 @@ class ModelSpec:
             dtype, is_tied = _dtype(document, folder), _has_tied_head(config, folder)
             spec = _from_config(family, config, dtype, is_tied, max_model_len)
             if weight_format is None and quantization == "fp8":
-                # Errors of the last feed-forward layer reach the logits at full size (docs/quantization.md). Inputs of
-                # experts are not quantised where they are few, so their errors are smaller.
+                # Errors of the last feed-forward layer reach the logits at full size (docs/quantization.md). Those of
+                # experts are smaller: a token's output is a sum of several, whose errors are independent.
                 weight_format = on_load(*([] if spec.experts else [f"model.layers.{spec.num_layers - 1}.{family.mlp}"]))
             elif weight_format is not None and _has_quantised_head(folder):
                 weight_format = replace(weight_format, has_head=True)

@@ -189,30 +189,56 @@ def test_experts_with_biases(num_tokens: int, is_fp8: bool) -> None:
 
 
 @pytest.mark.parametrize("has_blocks", [False, True])
-@pytest.mark.parametrize("num_tokens", [1, 50, 200, 600])
+@pytest.mark.parametrize("num_tokens", [1, 3, 50, 150, 200, 600])
 def test_experts_in_fp8(has_blocks: bool, num_tokens: int) -> None:
     experts = mixture(16, 4)
     weights = quantised(parameters(experts, 1.0), has_blocks)
     x = random(num_tokens, HIDDEN)
+    slots = torch.arange(num_tokens, device=DEVICE)
+    slots[2::5] = -1
     out = torch.full_like(x, math.nan)
-    GroupedExperts(experts, (0, 16), totals_of(experts)).mix(1, x, weights, None, out)
-    if num_tokens > 50:  # of few tokens, the inputs stay as they are
-        assert_close_in_fp8(
-            out, expected(x, weights, experts, "groups" if has_blocks or num_tokens == 200 else "tokens")
-        )
-    else:
+    GroupedExperts(experts, (0, 16), totals_of(experts)).mix(1, x, weights, slots, out)
+    if num_tokens == 1:  # its inputs stay as they are
         assert_close(out, expected(x, weights, experts))
+    else:
+        target = expected(x, weights, experts, "groups" if has_blocks or num_tokens < 600 else "tokens")
+        target[slots < 0] = 0
+        assert_close_in_fp8(out, target)
     assert_close(mix_experts(x, weights, experts, silu_and_mul, totals_of(experts)[0]), expected(x, weights, experts))
 
 
-@pytest.mark.parametrize("num_tokens", [300, 1300])
-def test_experts_in_blocks_of_128(num_tokens: int) -> None:
+@pytest.mark.parametrize("has_blocks", [False, True])
+@pytest.mark.parametrize("num_tokens", [10, 40, 300, 1300])
+def test_experts_in_blocks_of_128(num_tokens: int, has_blocks: bool) -> None:
     experts = dataclasses.replace(mixture(8, 2), inner_size=256)
-    weights = quantised(parameters(experts, 0.0, hidden=384), has_blocks=True, block_rows=128)
+    weights = quantised(parameters(experts, 0.0, hidden=384), has_blocks, block_rows=128)
     x = random(num_tokens, 384)
     out = torch.full_like(x, math.nan)
     GroupedExperts(experts, (0, 8), totals_of(experts)).mix(1, x, weights, None, out)
-    assert_close_in_fp8(out, expected(x, weights, experts, "groups"))
+    inputs: Literal["tokens", "groups"] = "groups" if has_blocks or num_tokens < 1300 else "tokens"
+    assert_close_in_fp8(out, expected(x, weights, experts, inputs))
+
+
+def test_ranks_have_whole_experts_in_fp8() -> None:
+    experts = mixture(12, 4)
+    weights = quantised(parameters(experts, 0.0), has_blocks=False)
+    assert weights.up_scale is not None
+    assert weights.down_scale is not None
+    x = random(24, HIDDEN)
+    total = torch.zeros(x.shape, device=DEVICE)
+    for first, count in ((0, 4), (4, 8)):
+        ups, downs = (slice(first * rows, (first + count) * rows) for rows in (2 * INNER, HIDDEN))
+        share = dataclasses.replace(
+            weights,
+            up=weights.up[ups],
+            down=weights.down[downs],
+            up_scale=weights.up_scale[ups],
+            down_scale=weights.down_scale[downs],
+        )
+        part = torch.full_like(x, math.nan)
+        GroupedExperts(experts, (first, count), totals_of(experts)).mix(1, x, share, None, part)
+        total += part
+    assert_close_in_fp8(total, expected(x, weights, experts, "groups"))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40])

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hbserve.layers.mixture.few_tokens import TurnedTiles, mix_pairs_turned
 from hbserve.layers.mixture.many_tokens import ChainedTiles, ScaledTiles, mix_pairs_chained, mix_pairs_scaled
 from hbserve.layers.mixture.one_token import Norm, activate, mix_row, scales_of
 from hbserve.layers.mixture.plain import ExpertWeights, router_logits
@@ -54,8 +55,8 @@ _TILES = (
 
 _MANY_PAIRS = ChainedTiles(128, 64, 8, 4)
 
-_MAX_FEW_PAIRS = 16
-"""Mean number of pairs of an expert in FP8 up to which inputs stay as they are; more are bound by multiplying."""
+_FEW_IN_FP8 = (24, TurnedTiles(16, 128, up=(4, 3), down=(4, 3))), (48, TurnedTiles(32, 128, up=(4, 3), down=(4, 3)))
+"""For FP8 weights, up to these means; from a sweep on an H200."""
 
 _MANY_IN_ROWS = 96, ChainedTiles(128, 128, 8, 4)
 _MANY_IN_BLOCKS = (300, ScaledTiles(64, up=(4, 3), down=(4, 4))), (math.inf, ScaledTiles(128, up=(8, 3), down=(8, 4)))
@@ -66,18 +67,18 @@ _FLOAT32 = _Tiles(32, 64, 32, 4, 2)
 
 def _tiles(
     num_pairs: int, experts: Experts, dtype: torch.dtype, weights: ExpertWeights
-) -> _Tiles | ScaledTiles | ChainedTiles:
+) -> _Tiles | TurnedTiles | ScaledTiles | ChainedTiles:
     if dtype == torch.float32:
         return _FLOAT32
     mean = num_pairs / experts.num_experts  # over all experts, since other ranks have their share of the pairs
     if weights.up_bias is not None:  # only these kernels add biases
         return next((tiles for pairs, tiles in _TILES if mean <= pairs), _TILES[-1][1])
-    if weights.up_scale is None or mean <= _MAX_FEW_PAIRS:
+    if weights.up_scale is None:
         return next((tiles for pairs, tiles in _TILES if mean <= pairs), _MANY_PAIRS)
     min_in_rows, in_rows = _MANY_IN_ROWS
     if weights.up_scale.dim() == 1 and mean > min_in_rows:
         return in_rows
-    return next(tiles for pairs, tiles in _MANY_IN_BLOCKS if mean <= pairs)
+    return next(tiles for pairs, tiles in _FEW_IN_FP8 + _MANY_IN_BLOCKS if mean <= pairs)
 
 
 @triton.jit
@@ -276,7 +277,9 @@ class GroupedExperts:
         # Between counting and `group_pairs` nothing may fail: it would leave counts behind.
         choice = choose(logits, weights.router_bias, self._experts, self._local, slots, totals, self._counts)
         group_pairs(choice, self._counts, memory.groups, memory.starts, memory.tiles.rows)
-        if isinstance(memory.tiles, ChainedTiles):
+        if isinstance(memory.tiles, TurnedTiles):
+            mix_pairs_turned(x, weights, choice, memory.groups, memory.tiles, memory.rows)
+        elif isinstance(memory.tiles, ChainedTiles):
             mix_pairs_chained(x, weights, choice, memory.groups, memory.tiles, memory.rows)
         elif isinstance(memory.tiles, ScaledTiles):
             mix_pairs_scaled(x, weights, choice, memory.groups, memory.tiles, memory.rows)
@@ -328,5 +331,5 @@ class _GroupMemory(NamedTuple):
 
     groups: Groups
     starts: Tensor
-    tiles: _Tiles | ScaledTiles | ChainedTiles
+    tiles: _Tiles | TurnedTiles | ScaledTiles | ChainedTiles
     rows: Tensor
