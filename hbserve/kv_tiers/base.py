@@ -15,7 +15,7 @@ import torch
 
 from hbserve.config import StoreTierConfig
 
-_FORMAT = 3
+_FORMAT = 4
 """Raised when blocks of the same facts get other bytes: a tier may keep those of an earlier version."""
 
 

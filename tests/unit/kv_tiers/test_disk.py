@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -17,8 +19,8 @@ BLOCK_BYTES = 640
 NAME = namespace("model", "float32")
 
 
-def open_slots(folder: Path, rank: int = 0, num_ranks: int = 1, name: str = NAME) -> DiskTier:
-    return DiskTier(DiskTierConfig(path=str(folder), bytes=100_000), name, rank, num_ranks, BLOCK_BYTES)
+def open_slots(folder: Path, rank: int = 0, num_ranks: int = 1, name: str = NAME, num_bytes: int = 100_000) -> DiskTier:
+    return DiskTier(DiskTierConfig(path=str(folder), bytes=num_bytes), name, rank, num_ranks, BLOCK_BYTES)
 
 
 def blocks(count: int) -> torch.Tensor:
@@ -69,6 +71,45 @@ def test_what_a_file_does_not_hold_whole_is_not_kept(tmp_path: Path) -> None:
     path.write_bytes(data)
     assert [block.slot for block in open_slots(tmp_path).kept()] == [0]
     assert open_slots(tmp_path, name=namespace("model", "bfloat16")).kept() == []
+
+
+def test_a_restart_with_other_limits_keeps_what_fits(tmp_path: Path) -> None:
+    numbers = [0, 3, 63, 64, 100]  # of two groups
+    contents = blocks(len(numbers))
+    large = open_slots(tmp_path, num_bytes=1_000_000)
+    store(large, numbers, contents)
+    [file] = tmp_path.iterdir()
+    size = file.stat().st_size
+    assert 900_000 < size <= 1_000_000
+    assert open_slots(tmp_path, num_bytes=2_000_000).kept() == large.kept()
+    for num_bytes, count in ((1_000_000, 5), (300_000, 4), (100_000, 2), (1_000_000, 2)):
+        slots = open_slots(tmp_path, num_bytes=num_bytes)
+        assert num_bytes - 8192 < file.stat().st_size <= num_bytes
+        assert [block.slot for block in slots.kept()] == numbers[:count]
+        found, failures = load(slots, numbers[:count])
+        assert not failures
+        assert torch.equal(found, contents[:count])
+
+
+def test_a_file_system_that_reserves_nothing_gives_no_more_than_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class _NoFallocate:
+        @staticmethod
+        def fallocate(*_: object) -> int:
+            ctypes.set_errno(errno.EOPNOTSUPP)
+            return -1
+
+    monkeypatch.setattr("hbserve.kv_tiers.disk._libc", _NoFallocate)
+    slots = open_slots(tmp_path)
+    [file] = tmp_path.iterdir()
+    assert file.stat().st_size > 90_000
+    assert file.stat().st_blocks < 10  # nothing was written
+    store(slots, [3], blocks(1))
+    assert [block.slot for block in open_slots(tmp_path).kept()] == [3]
+    with pytest.raises(DiskTierError, match="No space left on device"):
+        open_slots(tmp_path, num_bytes=1 << 50)
+    assert file.stat().st_size < 100_000
 
 
 def test_ranks_keep_only_what_all_of_them_have(tmp_path: Path) -> None:
