@@ -12,8 +12,8 @@
 // memory a thread has of a product's inner dimension is free, as long as both operands agree, and so are the rows and
 // columns of the outcome. So each thread loads 16 bytes at a time straight from the cache into registers:
 //
-//     lane = 4 * g + j     scores [heads, tokens]     heads g; dimensions 32 c + 8 j ... + 7; tokens 8 i + g
-//                          output [dimensions, heads] dimensions 64 b + 8 g ... + 7; tokens 2 j, 2 j + 1, 2 j + 8, 2 j + 9
+//     lane = 4 g + j    scores [heads, tokens]     heads g; dimensions 32 c + 8 j ... + 7; tokens 8 i + g
+//                       output [dimensions, heads] dimensions 64 b + 8 g ... + 7; tokens 2 j, 2 j + 1, 2 j + 8, 2 j + 9
 //
 // A product has 16 rows of heads or 8 columns of heads; there are at most 8 query heads.
 
@@ -81,7 +81,8 @@ DEVICE void begin_cluster(Barrier &arrival, Word num_bytes) {
     if (rank_in_cluster() == 0 && threadIdx.x == 0) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_of(&arrival)) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&arrival)), "r"(num_bytes)
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&arrival)),
+                     "r"(num_bytes)
                      : "memory");
     }
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -110,8 +111,8 @@ DEVICE void send(float *own, float first, float second, Barrier &arrival) {
 }
 
 DEVICE void send(float *own, float4 values, Barrier &arrival) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     at_first_rank(own)),
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(at_first_rank(own)),
                  "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w), "r"(at_first_rank(&arrival))
                  : "memory");
 }
@@ -214,7 +215,9 @@ DEVICE void load_values(Tokens &tokens, const Cache &cache, const Pages &pages, 
     }
 }
 
-DEVICE Word word_of(const uint4 &words, int i) { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
+DEVICE Word word_of(const uint4 &words, int i) {
+    return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
 
 // Norm and rotate a head in one warp; a lane has two neighbouring dimensions of every 64.
 DEVICE void turn(Word (&words)[BLOCKS], const Word (&weights)[BLOCKS], float eps, const Shared &shared, float *scratch,
@@ -320,14 +323,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float angle = (float)position * inverse_frequencies[pair];
         shared.cos[pair] = cosf(angle) * magnitude, shared.sin[pair] = sinf(angle) * magnitude;
     }
-    for (int i = thread; i < (8 - GROUP) * QUERY_STRIDE; i += THREADS) shared.query[GROUP][i] = 0;
+    for (int i = thread; i < (8 - GROUP) * QUERY_STRIDE; i += THREADS) {
+        shared.query[GROUP + i / QUERY_STRIDE][i % QUERY_STRIDE] = 0;
+    }
     __syncthreads();
     meet_cluster();
     wait_for_kernels_before();
 
     Word *newest = (Word *)(cache_begin + head * HEAD_DIM + slot / PAGE * stride_block + slot % PAGE * stride_token);
     const bool has_newest = is_newest && thread < HEAD_DIM / 2;  // two dimensions of the newest token
-    const Word newest_value = has_newest ? ((const Word *)(qkv + (KV_HEADS * (GROUP + 1) + head) * HEAD_DIM))[thread] : 0;
+    const Word *newest_source = (const Word *)(qkv + (KV_HEADS * (GROUP + 1) + head) * HEAD_DIM);
+    const Word newest_value = has_newest ? newest_source[thread] : 0;
     for (int h = warp; h < GROUP + is_newest; h += WARPS) {
         const bool is_key = h == GROUP;
         const Word *source = (const Word *)(qkv + (is_key ? KV_HEADS * GROUP + head : head * GROUP + h) * HEAD_DIM);
@@ -385,10 +391,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float shrink = exp2_of(highest - new_highest);
         highest = new_highest;
 #pragma unroll
-        for (int i = 0; i < 2; i++) scores[i][0] = exp2_of(scores[i][0] - highest), scores[i][1] = exp2_of(scores[i][1] - highest);
+        for (int i = 0; i < 2; i++) {
+            scores[i][0] = exp2_of(scores[i][0] - highest), scores[i][1] = exp2_of(scores[i][1] - highest);
+        }
         total = total * shrink + (scores[0][0] + scores[0][1]) + (scores[1][0] + scores[1][1]);
         const Word weights[2] = {pack(scores[0][0], scores[0][1]), pack(scores[1][0], scores[1][1])};
-        const float shrinks[2] = {__shfl_sync(~0u, shrink, 8 * j), __shfl_sync(~0u, shrink, 8 * j + 4)};  // heads 2 j, 2 j + 1
+        // Of heads 2 j and 2 j + 1:
+        const float shrinks[2] = {__shfl_sync(~0u, shrink, 8 * j), __shfl_sync(~0u, shrink, 8 * j + 4)};
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             const uint4(&value)[4] = tokens.values[b];
@@ -399,7 +408,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 const Word first = word_of(value[0], i), second = word_of(value[1], i);
                 const Word third = word_of(value[2], i), fourth = word_of(value[3], i);
                 multiply(sums[b][i], __byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632),
-                         __byte_perm(third, fourth, 0x5410), __byte_perm(third, fourth, 0x7632), weights[0], weights[1]);
+                         __byte_perm(third, fourth, 0x5410), __byte_perm(third, fourth, 0x7632), weights[0],
+                         weights[1]);
             }
         }
         if (has_next) load_values(tokens, cache, pages_of_tile, tile + STRIDE, g, j);

@@ -43,7 +43,19 @@ def _build(folder: Path, macros: dict[str, int]) -> ctypes.CDLL:
     body = _SOURCE.read_text().partition("// End of the primitives.")[2]
     source.write_text(f'#include "{_EMULATOR}"\n{body}\n{_MAIN}')
     options = [f"-D{name}={value}" for name, value in macros.items()]
-    command = ["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-o", str(library), str(source), *options]
+    command = [
+        "g++",
+        "-O2",
+        "-fno-strict-aliasing",
+        "-std=c++17",
+        "-w",
+        "-shared",
+        "-fPIC",
+        "-o",
+        str(library),
+        str(source),
+        *options,
+    ]
     subprocess.run(command, check=True, timeout=120)
     return ctypes.CDLL(str(library))
 
