@@ -97,6 +97,29 @@ def test_fp8_answers_are_right_in_every_mode(name: str, in_fp8: str) -> None:
         assert_no_leaks(llm)
 
 
+@pytest.mark.parametrize("mode", ["unified", "shm", "semi_pd"])
+def test_fp8_answers_are_right_with_tiers_and_drafts(mode: str) -> None:
+    """A pool of one sequence, so what comes again comes from the tier; the copies are drafted with success."""
+    rng = random.Random(5)
+    questions = [language.copy_question(rng, 14) for _ in range(4)]
+    questions += [language.recall_question(rng, 30) for _ in range(3)]
+    options = {
+        "num_blocks": 16,
+        "max_model_len": 256,
+        "host_bytes": 4 << 20,
+        "scheduler": "tests.support.always_loads:AlwaysLoads",
+        "speculation_method": "ngram",
+    }
+    with LLM(DEMO, **SETTINGS | options, **SYSTEMS[mode], **FP8["both"]) as llm:
+        for _ in range(2):
+            for question in questions:  # one after the other, so that each takes the pool of the one before
+                assert share_right(llm, [question]) == 1
+        stats = llm.get_system_stats()
+        assert stats["kv_tiers"]["host"]["loaded_blocks"] > 0
+        assert sum(counts["accepted_tokens"] for counts in stats["cpu_scheduler"]["speculation"].values()) > 0
+        assert_no_leaks(llm)
+
+
 def test_a_corrupted_block_shows_in_the_answers() -> None:
     # About the tenth pair stands in the third block of 16 tokens.
     questions = recall_questions(20, position=10)  # which an intact system answers, see above
