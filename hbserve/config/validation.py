@@ -36,6 +36,8 @@ _DEFAULT_SHARES = {"prefill_percentage": 80, "decode_percentage": 100}
 _LOG_LEVELS = {"WARN": "WARNING", "CRITICAL": "ERROR", "FATAL": "ERROR", "TRACE": "DEBUG"}
 """Names of levels in other programs that read LOG_LEVEL."""
 
+msgspec.json.Decoder(Config)  # prepares the class. msgspec 0.22 crashes if two threads do so at once, later
+
 
 def from_dict(document: Any, base_dir: Path | None = None) -> Config:
     """Build and validate a configuration from plain data.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -342,3 +344,22 @@ def test_a_tokenizer_is_a_folder_because_only_models_are_fetched_by_name(tmp_pat
     for name in ("smollm2", "org/name"):
         with pytest.raises(ConfigError, match=r"model\.tokenizer_path: must be a folder, and there is none at"):
             from_dict({"model": {"path": str(tmp_path), "tokenizer_path": name}})
+
+
+def test_several_threads_make_the_first_configuration() -> None:
+    """As programs with several systems do. Turns are short and garbage is collected often, so that a race is seen."""
+    program = """
+import gc, sys, threading
+from hbserve.config import from_dict
+found = []
+threads = [threading.Thread(target=lambda: found.append(from_dict({"model": {"path": "."}}))) for _ in range(8)]
+gc.set_threshold(5)
+sys.setswitchinterval(1e-6)
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(found) == 8
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
