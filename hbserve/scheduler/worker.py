@@ -11,6 +11,7 @@ from hbserve.messages.worker import Hello, InstanceCommand, StepResult
 from hbserve.policy.dispatch_timer import DispatchTimer
 from hbserve.scheduler.core_io import Clock, OutboxWriter
 from hbserve.scheduler.sequence import InflightStep
+from hbserve.speculation.looks import Looks
 from hbserve.speculation.measured_gain import GainMeter
 
 _ROUND_TRIP_S = 3e-3
@@ -73,7 +74,8 @@ class WorkerHandle:
         is_introduced: it has been told of the sequences that ran when it registered.
         cell: its place on the step board of the workers that share an arena; None: it has none.
         has_waited_for: the last step of another worker that one of its plans waits for.
-        num_undrafted: plans in a row in which no sequence got a draft or waited for one; `StepPlanner` changes it.
+        looks: says when guesses are looked at; waits_for_drafts: its next plan waits for a result, because of drafts
+            that are to come. `DecodePlanner` changes both.
         results: results that wait until earlier steps, at other workers, are confirmed; `WorkerRegistry` changes it.
     """
 
@@ -102,7 +104,8 @@ class WorkerHandle:
         self.is_told_to_end = False
         self.is_introduced = False
         self.cell: int | None = None
-        self.has_waited_for = self.num_undrafted = 0
+        self.has_waited_for = 0
+        self.looks, self.waits_for_drafts = Looks(), False
         self.results: deque[StepResult] = deque()
         self.work = Work()
         self.last_step_s = 0.0

@@ -19,6 +19,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork, keys_of_guesses
+from hbserve.speculation.rounds import MAX_ROUNDS
 from hbserve.speculation.speculator import Draft, Record
 
 _MIN_GAIN = 1.03
@@ -140,6 +141,42 @@ def choose(
     if way is Way.SPLIT:
         num_tokens, seconds = num_tokens + num_others, drafted_s + step_s
     return Choice(way, lengths, num_tokens / seconds / ways[Way.PLAIN])
+
+
+def can_gain(
+    candidates: Items[Candidate],
+    num_asked: int,
+    share: float,
+    work: StepWork,
+    predictor: StepTimePredictor,
+    gap_s: float,
+) -> bool:
+    """Whether drafts may gain something in a batch of which some sequences have been asked.
+
+    The answer is for the best of them: as if all that have a guess were right as often, and the step did many rounds.
+
+    Args:
+        candidates: those that have a guess.
+        num_asked: sequences that were asked for one.
+        share: of the batch's sequences, those that can be asked.
+        work: of a step of all decoding sequences, without drafts.
+    """
+    if not candidates or any([candidate.is_late for candidate in candidates]):
+        return bool(candidates)
+    best = max([candidate.draft.record.acceptance for candidate in candidates])
+    num_drafting = share * len(candidates) / num_asked * work.decode_rows
+    step_s = max(predictor.seconds(work), _MIN_STEP_S)
+    position = sum([candidate.position for candidate in candidates]) / len(candidates)
+    rows, keys = work.decode_rows, work.decode_keys
+    num_more, probability = 0.0, 1.0
+    for length in range(1, max([len(candidate.draft.token_ids) for candidate in candidates]) + 1):
+        probability *= best
+        num_more += num_drafting * probability
+        more = keys_of_guesses(num_drafting * length, position)
+        seconds = predictor.seconds(work._replace(decode_rows=rows + num_drafting * length, decode_keys=keys + more))
+        if (rows + num_more) * step_s > _MIN_GAIN * rows * (seconds + gap_s / MAX_ROUNDS):
+            return True
+    return False
 
 
 def _shrunk(records: Items[Record]) -> list[float]:

@@ -10,12 +10,15 @@ same tokens would have come without drafts::
 
     gain    what was measured lately, and `kept`: as a part of what was promised. Drafts are tried while the gain is
             enough, or a promise that counts for that part is
-    debt    time lost by drafts; it is paid back by 1 % of all time. With too much of it no guess is looked at until it
-            is paid. What was lost between two measurements of T(N) is computed with their mean: a host gets slower and
-            faster
+    debt    time lost by drafts, paid back by 1 % of all time. What drafts have saved counts only a little: else a
+            drafter that was right for long could lose for as long. With a debt above the limit drafts stop
 
-So drafts cost about 1 % of the time and `_MAX_DEBT_STEPS` steps at most, for each size of a batch. A single slow step
-counts little, because a step of a new size may load kernels or capture a graph.
+The limit is `_MAX_DEBT_STEPS` plain steps, and more while the measured gain is large: chance then explains the debt.
+A size that has stopped goes on when its debt is paid, or earlier if the promises of its drafts grow far beyond what was
+kept of them. After each trial that fails the next one comes later.
+
+So drafts cost about 1 % of the time and a few plain steps at most, for each size of a batch. A single slow step counts
+little, because a step of a new size may load kernels or capture a graph.
 Runs in the scheduler's process; time is passed in.
 """
 
@@ -28,10 +31,19 @@ from typing import NamedTuple
 
 from hbserve.policy.least_squares import LeastSquares
 
-_MAX_LOSS = 0.01
-"""Part of the time that drafts may cost."""
-_MAX_DEBT_STEPS = 5.0
-"""Debt at which nothing is looked at, in plain steps."""
+_MAX_LOSS, _MIN_LOSS = 0.01, 0.001
+"""Part of the time that drafts may cost: at first, and after many trials that have failed."""
+_MAX_DEBT_STEPS = 2.0
+"""Debt at which drafts stop, in plain steps."""
+_MORE_DEBT_STEPS, _MAX_SURE_GAIN = 10.0, 0.5
+"""How much more that is for a measured gain of 1 above `_SURE_GAIN`, and the largest gain above it that counts."""
+_SURE_GAIN = 1.1
+_MAX_SAVED_STEPS = 1.0
+"""What drafts have saved, as far as it counts, in plain steps."""
+_MAX_TRIAL_DEBT_STEPS = 8.0
+"""Debt up to which drafts may be tried before it is paid."""
+_MIN_GAIN_OF_TRIAL, _FIRST_WAIT, _MAX_WAIT = 1.5, 32, 4096
+"""What they must promise then, times what was kept; and intervals until then, twice as many after each failure."""
 _MIN_GAIN_ALONE, _MIN_GAIN_OF_BATCH = 1.02, 1.05
 """What drafts must gain, as promised times what was kept of promises. Sequences of a batch with drafts end at different
 times, so its last steps are for few: it must gain more."""
@@ -47,11 +59,13 @@ _MAX_AGE, _MAX_AGE_IF_CLEAR, _CLEAR_GAIN = 64, 256, 1.3
 """Intervals after which plain steps are measured again, and the same where drafts clearly gain."""
 _MIN_PLAIN_S = 1e-6
 _MIN_WAIT = 64
-"""Intervals without drafts after which promises count in full again, if there is no debt."""
+"""Intervals without drafts after which promises count more again, if there is no debt."""
 _MAX_KEPT = 1.25
-_MAX_OUTLIER, _MAX_FIRST_OUTLIER, _NUM_FIRST = 2.0, 1.5, 32
-"""Multiple of the time without drafts that an interval counts as, at most, and the same of the first ones with drafts
-of a size: they may load kernels and capture graphs."""
+_NUM_USUAL, _MIN_USUAL = 15, 4
+"""Intervals with drafts whose median says how long one usually is, and how many of them are needed for that."""
+_MAX_OUTLIER, _MAX_FIRST_OUTLIER = 2.0, 3.0
+"""Multiple of the usual interval with drafts that one counts as, at most; and of the time without drafts, while the
+usual one is not known. A slow step may load kernels or capture graphs."""
 
 
 class Tried(NamedTuple):
@@ -62,6 +76,7 @@ class Tried(NamedTuple):
         num_sequences: that decode on the instance, those included that the step leaves out.
         num_keys: sum of their positions.
         has_looked: guesses were looked at.
+        has_waited: the plan waited for a result because of drafts that were to come.
         gain: promised of its drafts; 0: there are none.
         is_whole: each sequence has a row in it.
     """
@@ -72,6 +87,7 @@ class Tried(NamedTuple):
     has_looked: bool = False
     gain: float = 0.0
     is_whole: bool = True
+    has_waited: bool = False
 
 
 @dataclass(slots=True)
@@ -84,10 +100,14 @@ class _Size:
         drafting_s: time of steps with drafts, recent ones first; brought_s: time that their tokens would have taken
             without drafts; promised_s: what that would be if promises had been kept.
         expected: part of promises that is expected to be kept, before it is measured.
-        settled_s: debt up to the last measurement of plain steps; spent_s, brought_steps: what drafts have taken since
-            then, and the plain steps that would have brought the same.
-        is_closed: the debt was too much, and is not paid yet.
-        num_waited: intervals without drafts, one after the other; num_drafting: all intervals with drafts.
+        usual: recent intervals with drafts, in plain steps.
+        debt_steps: time lost, in plain steps; negative: a little of what drafts have saved.
+        spent_s, brought_steps: what drafts have taken since the last measurement of plain steps, and the plain steps
+            that would have brought the same.
+        loss: part of the time that drafts may cost: the rate at which debt is paid.
+        is_closed: the debt was too much, and is not paid yet. Then `num_until_trial` intervals are left until drafts
+            may be tried again, `wait` are their number after the next failure, and `debt_at_trial` is the debt then.
+        num_waited: intervals without drafts, one after the other.
     """
 
     plain: deque[tuple[float, tuple[float, float]]] = field(default_factory=lambda: deque(maxlen=_MAX_PLAIN))
@@ -99,13 +119,17 @@ class _Size:
     brought_s: float = 0.0
     promised_s: float = 0.0
     expected: float = 1.0
-    settled_s: float = 0.0
+    usual: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_USUAL))
+    debt_steps: float = 0.0
     spent_s: float = 0.0
     brought_steps: float = 0.0
     last_plain_s: float = 0.0
+    loss: float = _MAX_LOSS
     is_closed: bool = False
+    num_until_trial: int = 0
+    debt_at_trial: float = 0.0
+    wait: int = _FIRST_WAIT
     num_waited: int = 0
-    num_drafting: int = 0
 
     @property
     def gain(self) -> float:
@@ -120,15 +144,22 @@ class _Size:
         return min((self.brought_s + self.expected * first_s) / (self.promised_s + first_s), _MAX_KEPT)
 
     @property
-    def debt_s(self) -> float:
-        """Time that drafts have lost; at least 0."""
-        return max(self.settled_s + self.spent_s - self.brought_steps * self.plain_s, 0.0)
+    def may_try(self) -> bool:
+        """Whether drafts are permitted, or would be if they promised enough."""
+        return not self.is_closed or (not self.num_until_trial and self.debt_steps < _MAX_TRIAL_DEBT_STEPS)
+
+    def permits(self, gain: float, min_gain: float) -> bool:
+        """Whether drafts may be tried that promise so much."""
+        promise = gain * self.kept
+        if self.is_closed:
+            return self.may_try and promise >= _MIN_GAIN_OF_TRIAL
+        return max(promise, self.gain) >= min_gain
 
     def like(self) -> _Size:
         """Return what is known of another size at first: the same, without its debt."""
         known = _Size(deque(maxlen=_MAX_PLAIN), self.plain_s, self.plain_work, num_due=0)
         known.drafting_s, known.brought_s, known.promised_s = self.drafting_s, self.brought_s, self.promised_s
-        known.expected = self.expected
+        known.expected, known.usual = self.expected, deque(self.usual, maxlen=_NUM_USUAL)
         return known
 
     def add_plain(self, seconds: float, work: tuple[float, float]) -> None:
@@ -142,25 +173,44 @@ class _Size:
         self.plain_work = statistics.fmean(rows), statistics.fmean(keys)
         self.num_due, self.age = max(self.num_due - 1, 0), 0
         if not self.num_due:
-            mean_s = (self.plain_s + (self.last_plain_s or self.plain_s)) / 2
-            self.settled_s = max(self.settled_s + self.spent_s - self.brought_steps * mean_s, 0.0)
+            last_s = self.last_plain_s or self.plain_s
+            # a host gets slower and faster: what was lost since the last measurement is computed with the mean of both
+            mean_s = (last_s + self.plain_s) / 2
+            counted_s = max(self.spent_s - self.brought_steps * last_s, 0.0)
+            self.debt_steps += (max(self.spent_s - self.brought_steps * mean_s, 0.0) - counted_s) / self.plain_s
+            self.debt_steps = max(self.debt_steps, -_MAX_SAVED_STEPS)
             self.spent_s, self.brought_steps, self.last_plain_s = 0.0, 0.0, self.plain_s
         self.pay(seconds)
 
+    def counted_s(self, seconds: float, num_steps: float, plain_s: float) -> float:
+        """Return what an interval with drafts counts as; ``num_steps``: that would have brought its tokens."""
+        self.usual.append(seconds / plain_s)
+        if len(self.usual) > _MIN_USUAL:
+            usual_s = statistics.median(self.usual) * plain_s
+            return min(seconds, _MAX_OUTLIER * max(usual_s, plain_s))
+        return min(seconds, _MAX_FIRST_OUTLIER * plain_s * max(1.0, num_steps))
+
     def spend(self, seconds: float, brought_s: float) -> None:
         """Count an interval that drafts have changed."""
-        self.spent_s += (1 - _MAX_LOSS) * seconds
+        self.spent_s += seconds
         self.brought_steps += brought_s / self.plain_s
-        self.pay(0.0)
+        self.debt_steps = max(self.debt_steps + (seconds - brought_s) / self.plain_s, -_MAX_SAVED_STEPS)
+        if self.debt_steps > self._limit() and (not self.is_closed or not self.num_until_trial):
+            if self.is_closed or self.wait > _FIRST_WAIT:
+                self.loss = max(self.loss / 2, _MIN_LOSS)
+            self.is_closed, self.num_due = True, _NUM_PLAIN
+            self.num_until_trial, self.wait = self.wait, min(2 * self.wait, _MAX_WAIT)
+            self.debt_at_trial = self.debt_steps
 
     def pay(self, seconds: float) -> None:
         """Pay back debt after an interval, and see whether drafts are permitted."""
-        self.settled_s = max(self.settled_s - _MAX_LOSS * seconds, 0.0)
-        if not self.is_closed and self.debt_s > _MAX_DEBT_STEPS * self.plain_s:
-            self.settled_s, self.spent_s, self.brought_steps = _MAX_DEBT_STEPS * self.plain_s, 0.0, 0.0
-            self.is_closed, self.num_due = True, _NUM_PLAIN
-        elif not self.debt_s:
+        self.num_until_trial = max(self.num_until_trial - 1, 0)
+        if self.debt_steps > 0:
+            self.debt_steps = max(self.debt_steps - self.loss * seconds / self.plain_s, 0.0)
+        if self.debt_steps <= 0:
             self.is_closed = False
+            if self.debt_steps <= -_MAX_SAVED_STEPS:
+                self.loss, self.wait = _MAX_LOSS, _FIRST_WAIT
 
     def add_drafting(self, seconds: float, brought_s: float, gain: float) -> None:
         """Note an interval with drafts."""
@@ -168,15 +218,19 @@ class _Size:
         self.promised_s = _MEMORY * self.promised_s + gain * seconds
         self.drafting_s = _MEMORY * self.drafting_s + seconds
         self.num_waited = 0
-        self.num_drafting += 1
 
     def add_waiting(self) -> None:
         """Note an interval without drafts."""
         self.num_waited += 1
-        if self.num_waited >= _MIN_WAIT and not self.debt_s and self.kept < 1:
+        if self.num_waited >= _MIN_WAIT and self.debt_steps <= 0 and self.kept < 1:
             self.expected = (1 + self.kept) / 2
             self.brought_s = self.promised_s = self.drafting_s = 0.0
             self.num_waited = 0
+
+    def _limit(self) -> float:
+        """Debt at which drafts stop."""
+        sure = min(max(self.gain - _SURE_GAIN, 0.0), _MAX_SURE_GAIN)
+        return (self.debt_at_trial if self.is_closed else 0.0) + _MAX_DEBT_STEPS + _MORE_DEBT_STEPS * sure
 
 
 class GainMeter:
@@ -199,14 +253,12 @@ class GainMeter:
     def may_look(self, size: tuple[int, bool]) -> bool:
         """Whether a step may look at guesses."""
         found = self._find(size)
-        return found is not None and not found.num_due and not found.is_closed
+        return found is not None and not found.num_due and found.may_try
 
     def permits(self, size: tuple[int, bool], gain: float) -> bool:
         """Whether a step may have drafts that promise to multiply the tokens per second by ``gain``."""
         found = self._find(size)
-        if found is None or not found.plain_s:
-            return False
-        return max(gain * found.kept, found.gain) >= _min_gain(size)
+        return found is not None and found.plain_s > 0 and found.permits(gain, _min_gain(size))
 
     def on_planned(self, now: float, was_idle: bool) -> None:
         """Note that a plan has been sent; ``was_idle``: to a worker without steps in flight."""
@@ -228,7 +280,7 @@ class GainMeter:
         if size is None:
             nearest = self._find(tried.size)
             size = self._sizes[tried.size] = _Size() if nearest is None else nearest.like()
-        is_plain = tried.is_whole and not tried.has_looked and not tried.gain
+        is_plain = tried.is_whole and not tried.has_looked and not tried.has_waited and not tried.gain
         was_plain, self._was_plain = self._was_plain, is_plain
         drafted, self._drafted = self._drafted, tried.gain > 0
         if is_plain and was_plain:  # the first one after others may have waited for their results
@@ -241,15 +293,16 @@ class GainMeter:
         if not size.plain_s:
             return
         plain_s = self._plain_s(size, tried)
-        outlier = _MAX_OUTLIER if size.num_drafting >= _NUM_FIRST else _MAX_FIRST_OUTLIER
-        seconds = min(seconds, outlier * plain_s * max(1.0, num_tokens / tried.num_sequences))
-        brought_s = num_tokens / tried.num_sequences * plain_s
-        if tried.gain or drafted:
-            size.spend(seconds, brought_s)
-        else:
-            size.pay(seconds)
+        num_steps = num_tokens / tried.num_sequences
+        if tried.gain or drafted or tried.has_waited:
+            if tried.gain:
+                seconds = size.counted_s(seconds, num_steps, plain_s)
+            else:
+                seconds = min(seconds, _MAX_FIRST_OUTLIER * plain_s)
+            size.spend(seconds, num_steps * plain_s)
+        size.pay(seconds)
         if tried.gain:
-            size.add_drafting(seconds, brought_s, tried.gain)
+            size.add_drafting(seconds, num_steps * plain_s, tried.gain)
         else:
             size.add_waiting()
         size.age += 1

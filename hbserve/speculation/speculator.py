@@ -12,6 +12,7 @@ from hbserve.messages.worker import TO_BE_DRAFTED
 from hbserve.speculation.drafters import (
     DRAFT_MODEL,
     EAGLE3,
+    MAX_TOKENS_PER_CALL,
     Drafter,
     GrammarDrafter,
     ModelDrafter,
@@ -184,6 +185,7 @@ class Speculator:
         ]
         self._max_draft_tokens = max_draft_tokens
         self._num_seen = self._num_judged = -1
+        self._num_shown = self._num_unread = 0  # tokens that drafters have seen, and have not indexed
         self._is_late = False
         self._max_guesses = MAX_ROUNDS * (max_draft_tokens + 1)
 
@@ -199,10 +201,16 @@ class Speculator:
             if isinstance(drafter, GrammarDrafter):
                 drafter.expect(num_known, forced)
 
+    def num_to_read(self, tokens: Items[int]) -> int:
+        """Return how many tokens the drafters would take into their indexes if they were asked now, about."""
+        return min(self._num_unread + len(tokens) - self._num_shown, MAX_TOKENS_PER_CALL)
+
     def draft(self, tokens: Items[int], max_tokens: int) -> Draft | None:
         """Guess the tokens after ``tokens``, the sequence's so far; None: no drafter has a guess."""
         best: Draft | None = None
         has_grown, self._num_seen = len(tokens) != self._num_seen, len(tokens)
+        self._num_unread = max(self._num_unread + len(tokens) - self._num_shown - MAX_TOKENS_PER_CALL, 0)
+        self._num_shown = len(tokens)
         for drafter, record in self._drafters:
             record.settle(tokens)
             if has_grown:  # between two tokens the choice of a step must not change, as nothing wakes the instance

@@ -7,9 +7,11 @@ needs less memory than a tree and a few microseconds for a guess.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+
+from hbserve.speculation.drafters import MAX_TOKENS_PER_CALL
 
 _ORDER = 3
 _MAX_PLACES = 4
@@ -17,8 +19,8 @@ _MAX_PLACES = 4
 _MAX_MATCH = 16
 _MAX_INDEXED = 16384
 """Tokens of a long prompt that are indexed, from its end. A token costs about 250 bytes."""
-_MAX_TOKENS_PER_CALL = 512
-"""Tokens that a call indexes, in less than a millisecond."""
+_OUTPUTS_PER_CALL = 64
+"""Tokens of other requests' outputs that a call indexes: more than a sequence gets in the meantime."""
 _POOL_TOKENS = 32768
 """Tokens of recent outputs in each half of a pool."""
 _MAX_POOLS = 16
@@ -54,17 +56,39 @@ class _Index:
 
 
 class OutputPool:
-    """Recent outputs, which requests of one ``cache_salt`` share; the older half is dropped when the newer is full."""
+    """Recent outputs, which requests of one ``cache_salt`` share; the older half is dropped when the newer is full.
+
+    The end of a request takes no time: what drafters ask for is indexed when they ask.
+    """
 
     def __init__(self) -> None:
         self.halves = [_Index(), _Index()]
+        self._waiting: deque[list[int]] = deque()
+        self._num_waiting = 0
 
     def add(self, tokens: list[int], num_prompt_tokens: int) -> None:
         """Remember an output, and the last tokens of its prompt, which lead to it."""
-        if len(self.halves[0].tokens) >= _POOL_TOKENS:
-            self.halves = [_Index(), self.halves[0]]
         begin = max(0, num_prompt_tokens - _ORDER)
-        self.halves[0].extend(tokens[begin : begin + _POOL_TOKENS])
+        output = tokens[begin : begin + _POOL_TOKENS]
+        self._waiting.append(output)
+        self._num_waiting += len(output)
+        while self._num_waiting > _POOL_TOKENS:
+            self._num_waiting -= len(self._waiting.popleft())
+
+    def read(self) -> None:
+        """Index some of the outputs that wait for it."""
+        num_left = _OUTPUTS_PER_CALL
+        while num_left and self._waiting:
+            if len(self.halves[0].tokens) >= _POOL_TOKENS:
+                self.halves = [_Index(), self.halves[0]]
+            output = self._waiting[0]
+            self.halves[0].extend(output[:num_left])
+            num_read = min(num_left, len(output))
+            del output[:num_read]
+            num_left -= num_read
+            self._num_waiting -= num_read
+            if not output:
+                self._waiting.popleft()
 
 
 class OutputPools:
@@ -106,7 +130,8 @@ class SuffixDrafter:
         if self._begin is None:
             self._begin = max(0, len(tokens) - _MAX_INDEXED)
         begin = self._begin + len(self._own.tokens)
-        self._own.extend(tokens[begin : begin + _MAX_TOKENS_PER_CALL])
+        self._own.extend(tokens[begin : begin + MAX_TOKENS_PER_CALL])
+        self._pool.read()
         self._follow(tokens)
         suffix = tokens[-_MAX_MATCH:]
         best_length, best_place, best = 0, 0, self._own

@@ -11,7 +11,7 @@ from hbserve.scheduler.instance import InstanceHandle
 from hbserve.scheduler.sequence import KVAllocation, Sequence
 from hbserve.scheduler.steps.step_builder import StepBuilder
 from hbserve.speculation import Draft
-from hbserve.speculation.choice import Candidate, Way, choose
+from hbserve.speculation.choice import Candidate, Way, can_gain, choose
 from hbserve.speculation.measured_gain import GainMeter
 from hbserve.speculation.rounds import MAX_ROUNDS
 from hbserve.speculation.speculator import Record
@@ -22,10 +22,8 @@ _MAX_UNREAD_TOKENS = 2048
 """Tokens that the draft model reads in a step, of all sequences: of a prompt, about a tenth would take as long."""
 _SHORT_READ, _MAX_READ_PER_TOKEN = 16, 16
 """Tokens that the draft model always reads, and how many more for each token that is left of a sequence's output."""
-_SEQUENCES_PER_LOOK, _MAX_STEPS_PER_LOOK = 4, 8
-"""While a batch drafts nothing, the scheduler looks at the guesses of so many sequences a step, in the mean, but at all
-of them in so many steps. To look at 256 would take it longer than to plan the step; at 32, a twentieth of a short step.
-"""
+_MAX_READ_IN_STEP = 2048
+"""Tokens that the drafters of a step take into their indexes, in about a millisecond. Others wait for the next look."""
 _MAX_LEFT_OUT = 0.1
 """Part of the decoding sequences that a step with prompts may leave out while their drafts are verified. The wait for
 their results costs a gap; a step without them costs each of them the time of a step with prompts."""
@@ -75,7 +73,8 @@ class DecodePlanner:
             )
         if drafts is None:
             return False
-        step.worker.num_undrafted = 0 if drafts else step.worker.num_undrafted + 1
+        step.has_waited, step.worker.waits_for_drafts = step.worker.waits_for_drafts, False
+        step.worker.looks.on_planned(step.has_looked, bool(drafts))
         if step.rounds > 1:
             step.rounds = self._rounds(instance, decoding, drafts, step.rounds)
         for sequence, allocation in decoding:
@@ -115,42 +114,32 @@ class DecodePlanner:
             Its draft for each sequence that gets one, and None for each that is left out until its last token is known.
             None instead: the whole step waits for a result.
         """
-        candidates, sequences = [], []
-        usually_unread = MAX_DRAFT_TOKENS if instance.has_eagle_head else 1  # after a draft
         max_rows = min(self._max_rows, self._max_num_batched_tokens) - step.num_tokens - len(decoding)
         if max_rows <= 0:
             return {}
         assert step.size is not None, "the step knows of its decoding sequences"
-        steps_per_look = min(max(1, len(speculating) // _SEQUENCES_PER_LOOK), _MAX_STEPS_PER_LOOK)
-        if step.worker.num_undrafted % steps_per_look:
-            return {}
-        if not step.worker.gain.may_look(step.size):
+        looks, worker = step.worker.looks, step.worker
+        if not looks.is_due(len(speculating)) or not worker.gain.may_look(step.size):
             return {}
         step.has_looked = True
-        for sequence, allocation in speculating:
-            assert sequence.speculator is not None
-            position, tokens = allocation.num_planned, sequence.tokens
-            draft = sequence.speculator.draft(tokens, sequence.max_total_tokens - position - 2)
-            if draft is not None and draft.num_to_draft and not _pays_to_read(sequence, allocation):
-                draft = None
-            if draft is not None:
-                judge = functools.partial(instance.choice.is_late, sequence, allocation)
-                is_late = sequence.speculator.judge(len(tokens), judge)
-                must_read = draft.num_to_draft > 0 and position - allocation.num_read > usually_unread
-                candidates.append(Candidate(draft, position, position < len(tokens), is_late, must_read))
-                sequences.append(sequence)
+        keys = sum([allocation.num_planned for _, allocation in decoding])
+        work, timing = StepWork(len(decoding), keys), worker.timing
+        sample = looks.sample(speculating)
+        if len(sample) < len(speculating):
+            seen, _ = self._candidates(instance, sample)
+            share = len(speculating) / len(decoding)
+            if not can_gain(seen, len(sample), share, work, timing.predictor, timing.gap_s) or not looks.may_see_all():
+                return {}
+        candidates, sequences = self._candidates(instance, speculating)
         if not candidates:
             return {}
-        keys = sum([allocation.num_planned for _, allocation in decoding])
-        timing = step.worker.timing
-        work = StepWork(len(decoding), keys)
         gap_s, rounds = timing.gap_s, 1
         if max_rounds_s:  # a step that waits for every result may do several rounds
             rounds = int(max_rounds_s / max(timing.predictor.seconds(work), _MIN_ROUND_S))
             trusted = sum(candidate.draft.record.max_rounds for candidate in candidates) // len(candidates)
             rounds = max(1, min(rounds, MAX_ROUNDS, trusted))
             gap_s = (gap_s + (rounds - 1) * timing.round_gap_s) / rounds
-        goes_on = not step.worker.num_undrafted
+        goes_on = not looks.num_undrafted
         choice = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, timing.read_s, goes_on)
         way, lengths = choice.way, choice.lengths
         if way is Way.PLAIN or not step.worker.gain.permits(step.size, choice.gain):
@@ -163,11 +152,34 @@ class DecodePlanner:
         for sequence, candidate, length in zip(sequences, candidates, lengths, strict=True):
             if length and not candidate.is_known:
                 if way is Way.WHOLE:
+                    worker.waits_for_drafts = True
                     return None
                 drafts[sequence] = None
             elif length:
                 drafts[sequence] = candidate.draft.first(length)
         return drafts
+
+    def _candidates(self, instance: InstanceHandle, speculating: Allocations) -> tuple[list[Candidate], list[Sequence]]:
+        """Return the sequences that have a guess; where drafters have much to read, not all are asked."""
+        candidates, sequences, num_to_read = [], [], 0
+        usually_unread = MAX_DRAFT_TOKENS if instance.has_eagle_head else 1  # after a draft
+        for sequence, allocation in speculating:
+            assert sequence.speculator is not None
+            position, tokens = allocation.num_planned, sequence.tokens
+            to_read = sequence.speculator.num_to_read(tokens)
+            if num_to_read and num_to_read + to_read > _MAX_READ_IN_STEP:
+                continue
+            num_to_read += to_read
+            draft = sequence.speculator.draft(tokens, sequence.max_total_tokens - position - 2)
+            if draft is not None and draft.num_to_draft and not _pays_to_read(sequence, allocation):
+                draft = None
+            if draft is not None:
+                judge = functools.partial(instance.choice.is_late, sequence, allocation)
+                is_late = sequence.speculator.judge(len(tokens), judge)
+                must_read = draft.num_to_draft > 0 and position - allocation.num_read > usually_unread
+                candidates.append(Candidate(draft, position, position < len(tokens), is_late, must_read))
+                sequences.append(sequence)
+        return candidates, sequences
 
     def _rounds(
         self, instance: InstanceHandle, decoding: Allocations, drafts: dict[Sequence, Draft | None], rounds: int

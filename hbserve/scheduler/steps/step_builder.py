@@ -48,7 +48,7 @@ class StepBuilder:
         self.rounds = 1
         self.size: tuple[int, bool] | None = None
         self.num_decoding = self.decoding_keys = 0
-        self.speculates = self.has_looked = False
+        self.speculates = self.has_looked = self.has_waited = False
         self.gain = 0.0
         self._unread: list[int] | None = None
         self.num_scores: list[int] = []
@@ -70,7 +70,8 @@ class StepBuilder:
             return None
         assert self.size is not None, "it was set with the first decoding sequences"
         is_whole = len(self.rows) == self.num_decoding
-        return Tried(self.size, self.num_decoding, self.decoding_keys, self.has_looked, self.gain, is_whole)
+        looked, waited = self.has_looked, self.has_waited
+        return Tried(self.size, self.num_decoding, self.decoding_keys, looked, self.gain, is_whole, waited)
 
     def read(self, allocation: KVAllocation, token_ids: list[int]) -> None:
         """Have the draft model read these tokens of the sequence whose row is added next."""
