@@ -61,8 +61,9 @@ _MIN_PLAIN_S = 1e-6
 _MIN_WAIT = 64
 """Intervals without drafts after which promises count more again, if there is no debt."""
 _MAX_KEPT = 1.25
-_NUM_USUAL, _MIN_USUAL = 15, 4
-"""Intervals with drafts whose median says how long one usually is, and how many of them are needed for that."""
+_NUM_USUAL, _MIN_USUAL = 15, 3
+"""Intervals with drafts whose median says how long one usually is, and how many of them are needed for that. The first
+of a step has the gap before it, which may be longer than all its rounds."""
 _MAX_OUTLIER, _MAX_FIRST_OUTLIER = 2.0, 3.0
 """Multiple of the usual interval with drafts that one counts as, at most; and of the time without drafts, while the
 usual one is not known. A slow step may load kernels or capture graphs."""
@@ -100,7 +101,7 @@ class _Size:
         drafting_s: time of steps with drafts, recent ones first; brought_s: time that their tokens would have taken
             without drafts; promised_s: what that would be if promises had been kept.
         expected: part of promises that is expected to be kept, before it is measured.
-        usual: recent intervals with drafts, in plain steps.
+        usual: recent intervals with drafts, in plain steps: of later rounds of a step, and of the first ones.
         debt_steps: time lost, in plain steps; negative: a little of what drafts have saved.
         spent_s, brought_steps: what drafts have taken since the last measurement of plain steps, and the plain steps
             that would have brought the same.
@@ -119,7 +120,7 @@ class _Size:
     brought_s: float = 0.0
     promised_s: float = 0.0
     expected: float = 1.0
-    usual: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_USUAL))
+    usual: tuple[deque[float], deque[float]] = field(default_factory=lambda: (_new_usual(), _new_usual()))
     debt_steps: float = 0.0
     spent_s: float = 0.0
     brought_steps: float = 0.0
@@ -159,7 +160,7 @@ class _Size:
         """Return what is known of another size at first: the same, without its debt."""
         known = _Size(deque(maxlen=_MAX_PLAIN), self.plain_s, self.plain_work, num_due=0)
         known.drafting_s, known.brought_s, known.promised_s = self.drafting_s, self.brought_s, self.promised_s
-        known.expected, known.usual = self.expected, deque(self.usual, maxlen=_NUM_USUAL)
+        known.expected, known.usual = self.expected, (self.usual[0].copy(), self.usual[1].copy())
         return known
 
     def add_plain(self, seconds: float, work: tuple[float, float]) -> None:
@@ -182,12 +183,17 @@ class _Size:
             self.spent_s, self.brought_steps, self.last_plain_s = 0.0, 0.0, self.plain_s
         self.pay(seconds)
 
-    def counted_s(self, seconds: float, num_steps: float, plain_s: float) -> float:
-        """Return what an interval with drafts counts as; ``num_steps``: that would have brought its tokens."""
-        self.usual.append(seconds / plain_s)
-        if len(self.usual) > _MIN_USUAL:
-            usual_s = statistics.median(self.usual) * plain_s
-            return min(seconds, _MAX_OUTLIER * max(usual_s, plain_s))
+    def counted_s(self, seconds: float, is_first: bool, num_steps: float, plain_s: float) -> float:
+        """Return what an interval with drafts counts as.
+
+        Args:
+            is_first: of its step, not that of a later round.
+            num_steps: plain steps that would have brought its tokens.
+        """
+        usual = self.usual[is_first]
+        usual.append(seconds / plain_s)
+        if len(usual) >= _MIN_USUAL:
+            return min(seconds, _MAX_OUTLIER * max(statistics.median(usual), 1.0) * plain_s)
         return min(seconds, _MAX_FIRST_OUTLIER * plain_s * max(1.0, num_steps))
 
     def spend(self, seconds: float, brought_s: float) -> None:
@@ -244,6 +250,7 @@ class GainMeter:
         self._sizes: dict[tuple[int, bool], _Size] = {}
         self._since: float | None = None  # of the interval that the next result ends; None: the worker was idle in it
         self._was_plain = self._drafted = False  # the last interval
+        self._last: Tried | None = None
 
     @staticmethod
     def size_of(num_sequences: int, is_shared: bool) -> tuple[int, bool]:
@@ -269,10 +276,11 @@ class GainMeter:
         """Note a result.
 
         Args:
-            tried: None: the step had prompts, or nothing to do with decoding.
+            tried: the same object for all rounds of a step; None: it had prompts, or nothing to do with decoding.
             num_tokens: that sequences have got.
         """
         seconds, self._since = None if self._since is None else now - self._since, now
+        is_first, self._last = tried is not self._last, tried
         if tried is None or seconds is None:
             self._was_plain = self._drafted = False
             return
@@ -296,7 +304,7 @@ class GainMeter:
         num_steps = num_tokens / tried.num_sequences
         if tried.gain or drafted or tried.has_waited:
             if tried.gain:
-                seconds = size.counted_s(seconds, num_steps, plain_s)
+                seconds = size.counted_s(seconds, is_first, num_steps, plain_s)
             else:
                 seconds = min(seconds, _MAX_FIRST_OUTLIER * plain_s)
             size.spend(seconds, num_steps * plain_s)
@@ -321,6 +329,10 @@ class GainMeter:
         rows, keys = size.plain_work
         more_s = self._fit.predict((0.0, tried.num_sequences - rows, tried.num_keys - keys))
         return min(max(size.plain_s + more_s, size.plain_s / 2), 2 * size.plain_s)
+
+
+def _new_usual() -> deque[float]:
+    return deque(maxlen=_NUM_USUAL)
 
 
 def _min_gain(size: tuple[int, bool]) -> float:
