@@ -14,6 +14,7 @@ A draft model guesses at the head of the step: one forward pass for each guess, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
 from enum import Enum
 from typing import NamedTuple
@@ -109,7 +110,8 @@ def choose(
     draft_s = draft_s or _FIRST_DRAFT_SHARE * step_s
     # the sequences share a pass of the draft model
     costs = [row_s + (draft_s / num_of_model if candidate.draft.num_to_draft else 0.0) for candidate in candidates]
-    acceptances = _shrunk([candidate.draft.record for candidate in candidates])
+    records = [candidate.draft.record for candidate in candidates]
+    acceptances = _shrunk(records)
     lengths, num_whole, drafted_s = [0] * len(candidates), num_rows, step_s
     for _ in range(_ROUNDS):
         # a row must bring at least what the step brings in the same time; drafts make that more (Dinkelbach 1967)
@@ -126,9 +128,10 @@ def choose(
         num_whole = num_others + num_expected
     if not num_drafting:
         return Choice(Way.PLAIN, lengths)
-    min_gain = (
-        _MIN_GAIN_TO_GO_ON if goes_on else _MIN_GAIN_OF_STEP
-    ) + _MORE_FOR_PASSES * draft_s * num_passes / drafted_s
+    min_gain = _MIN_GAIN_TO_GO_ON if goes_on else _MIN_GAIN_OF_STEP
+    if not goes_on and not any([candidate.is_late for candidate in candidates]):
+        min_gain += _doubt(records, acceptances)
+    min_gain += _MORE_FOR_PASSES * draft_s * num_passes / drafted_s
     ways = {
         Way.PLAIN: num_rows / step_s,
         Way.SPLIT: (2 * num_others + num_worth / min_gain) / (step_s + drafted_s) if num_others else 0.0,
@@ -193,6 +196,17 @@ def _shrunk(records: Items[Record]) -> list[float]:
     by_chance = mean * (1 - mean) * len(records) / sum([record.weight for record in records])
     kept = max(0.0, 1 - num_free * by_chance / spread) if spread else 0.0
     return [mean + kept * (acceptance - mean) for acceptance in acceptances]
+
+
+def _doubt(records: Items[Record], acceptances: Items[float]) -> float:
+    """Return how much less the mean acceptance may be than it looks, by its standard error.
+
+    A drafter of text is so watched first where a try costs much. A draft model shows nothing unless it is tried.
+    """
+    if all([record.must_be_tried for record in records]):
+        return 0.0
+    mean = sum(acceptances) / len(acceptances)
+    return math.sqrt(mean * (1 - mean) / sum([record.weight for record in records]))
 
 
 def _lengths(

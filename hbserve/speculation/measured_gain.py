@@ -8,8 +8,8 @@ same tokens would have come without drafts::
     plain steps, now and then   ─►  T(N): time from result to result, with N sequences and no look at any guess
     steps with drafts           ─►  n tokens in t seconds, which would have taken n / N · T(N)
 
-    gain    what was measured lately, and `kept`: as a part of what was promised. Drafts are tried while the gain is
-            enough, or a promise that counts for that part is
+    gain    what was measured lately, and `kept`: as a part of what was promised. Drafts are tried while their promise
+            is enough, counted for that part
     debt    time lost by drafts, paid back by 1 % of all time. What drafts have saved counts only a little: else a
             drafter that was right for long could lose for as long. With a debt above the limit drafts stop
 
@@ -44,7 +44,7 @@ _MAX_TRIAL_DEBT_STEPS = 8.0
 """Debt up to which drafts may be tried before it is paid."""
 _MIN_GAIN_OF_TRIAL, _FIRST_WAIT, _MAX_WAIT = 1.5, 32, 4096
 """What they must promise then, times what was kept; and intervals until then, twice as many after each failure."""
-_MIN_GAIN_ALONE, _MIN_GAIN_OF_BATCH = 1.02, 1.05
+_MIN_GAIN_ALONE, _MIN_GAIN_OF_BATCH = 1.02, 1.1
 """What drafts must gain, as promised times what was kept of promises. Sequences of a batch with drafts end at different
 times, so its last steps are for few: it must gain more."""
 _NUM_PLAIN, _MAX_PLAIN = 4, 8
@@ -152,9 +152,7 @@ class _Size:
     def permits(self, gain: float, min_gain: float) -> bool:
         """Whether drafts may be tried that promise so much."""
         promise = gain * self.kept
-        if self.is_closed:
-            return self.may_try and promise >= _MIN_GAIN_OF_TRIAL
-        return max(promise, self.gain) >= min_gain
+        return self.may_try and promise >= (_MIN_GAIN_OF_TRIAL if self.is_closed else min_gain)
 
     def like(self) -> _Size:
         """Return what is known of another size at first: the same, without its debt."""

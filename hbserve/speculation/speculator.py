@@ -46,6 +46,7 @@ class Acceptance:
 
     first: float = _FIRST_ACCEPTANCE_OF_TEXT
     memory: float = _MEMORY_OF_ALL
+    is_of_model: bool = False
     value: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,6 +112,11 @@ class Record:
         gets one round, which costs little if it is wrong for this one.
         """
         return 1 + int(self.right)
+
+    @property
+    def must_be_tried(self) -> bool:
+        """Whether its guesses are known only if they are tried."""
+        return self.of_all.is_of_model
 
     def settle(self, tokens: Items[int]) -> None:
         """Compare the last guess with the tokens that have come since."""
@@ -227,7 +233,7 @@ class Speculator:
 
 def _first_acceptance(drafter: str) -> Acceptance:
     if drafter in ModelDrafter.names:
-        return Acceptance(_FIRST_ACCEPTANCE_OF_MODEL, _MEMORY_OF_MODEL)
+        return Acceptance(_FIRST_ACCEPTANCE_OF_MODEL, _MEMORY_OF_MODEL, is_of_model=True)
     return Acceptance(_FIRST_ACCEPTANCE_OF_GRAMMAR) if drafter == GrammarDrafter.name else Acceptance()
 
 
