@@ -23,12 +23,12 @@ _NUM_LATE = 3
 """Steps of the last `_NUM_SAMPLES` that may come a little late; the device waits for them."""
 _MIN_SAMPLES = 16
 _MIN_LEAD_S = 3e-3
-_FIRST_GAP_S = 1e-3
+_FIRST_GAP_S = 2.5e-3
 _FIRST_ROUND_GAP_S = 0.3e-3
 _MAX_GAP_S = 0.1
-_GAP_RATE = 0.1
+_GAP_RATE, _SMALLER_GAP_RATE = 0.3, 0.1
 _DRAFT_RATE, _FASTER_DRAFT_RATE = 0.1, 0.5
-_GAP_FADING = 0.998
+_GAP_FADING = 0.9998
 """Factor on the gap for each step that does not show it: a gap that seemed long is measured anew now and then."""
 _SHORTEST_WAIT_S = 1e-3
 """Resolution of timers. With the shortest lead, steps below 4 ms are all planned at once."""
@@ -134,25 +134,31 @@ class DispatchTimer:
         self._steps.append(_Step(work, seconds, planned_at, begin, after_result))
         self._due = self._overtaken = None
 
-    def on_round(self, busy_s: float, early_s: float) -> None:
+    def on_round(self, now: float, busy_s: float, early_s: float, draft_s: float = 0.0) -> None:
         """Note that a round of the oldest step in flight has ended, and another one has begun."""
         step = self._steps[0]
-        self._note_gap(step, early_s)
+        self._note_gap(step, now, busy_s + draft_s, early_s)
         step.is_repeated = True
         if step.work is not None and busy_s > 0:
             self.predictor.observe(step.work, busy_s)
 
-    def _note_gap(self, step: _Step, early_s: float) -> None:
+    def _note_gap(self, step: _Step, now: float, busy_s: float, early_s: float) -> None:
         idle_s = min(-early_s, _MAX_GAP_S)
         if step.is_repeated:
-            self.round_gap_s += _GAP_RATE * (max(idle_s, 0.0) - self.round_gap_s)
+            self.round_gap_s += _SMALLER_GAP_RATE * (max(idle_s, 0.0) - self.round_gap_s)
         elif step.after_result and idle_s > 0:
-            self.gap_s += _GAP_RATE * (idle_s - self.gap_s)
+            # the worker does not see all of it: results are on their way, too
+            idle_s = min(max(idle_s, now - step.planned_at - busy_s), _MAX_GAP_S)
+            self.gap_s += (_GAP_RATE if idle_s > self.gap_s else _SMALLER_GAP_RATE) * (idle_s - self.gap_s)
         else:
             self.gap_s *= _GAP_FADING
 
-    def on_confirmed(self, now: float, busy_s: float, early_s: float) -> None:
-        """Note that the oldest step in flight has ended; ``busy_s`` and ``early_s`` are those of its `StepResult`."""
+    def on_confirmed(self, now: float, busy_s: float, early_s: float, draft_s: float = 0.0) -> None:
+        """Note that the oldest step in flight has ended.
+
+        Args:
+            busy_s, early_s, draft_s: as in its `StepResult`, but ``busy_s`` without ``draft_s``.
+        """
         # If a plan still waits for this end, the expected end says by how much the prediction was wrong.
         self._overtaken = None if self._due is None else self.expected_end()
         step = self._steps.popleft()
@@ -160,7 +166,7 @@ class DispatchTimer:
         if step.begin is not None:
             self._needed_leads_s.append(step.begin - step.planned_at - early_s)
             self._lead_s = None
-        self._note_gap(step, early_s)
+        self._note_gap(step, now, busy_s + draft_s, early_s)
         if step.work is not None and busy_s > 0:
             self.predictor.observe(step.work, busy_s)
 

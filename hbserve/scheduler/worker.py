@@ -189,9 +189,9 @@ class WorkerHandle:
         elif num_passes or not result.draft_s:  # a few tokens that are read say nothing of a pass for guesses
             self.timing.on_drafted(result.draft_s / max(num_passes, 1))
         if result.more:
-            self.timing.on_round(result.busy_s - result.draft_s, result.early_s)
+            self.timing.on_round(now, result.busy_s - result.draft_s, result.early_s, result.draft_s)
         else:
-            self.timing.on_confirmed(now, result.busy_s - result.draft_s, result.early_s)
+            self.timing.on_confirmed(now, result.busy_s - result.draft_s, result.early_s, result.draft_s)
         return step
 
     def drop_steps(self) -> list[InflightStep]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-_SAMPLE = 8
+_SAMPLE = 32
 """Sequences of a look, while there are no drafts."""
 _SEQUENCES_PER_LOOK, _MAX_STEPS_PER_LOOK = 4, 8
 """One step in so many has a look: a step for each four sequences, and a limit."""

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_LAYER_GROUPS = 4
 """Layer groups of all last chunks in a step."""
-_MAX_ROUNDS_S = 16e-3
+_MAX_ROUNDS_S = 24e-3
 """Time that all rounds of a step take together; a prompt that comes meanwhile waits for them."""
 _MAX_ROUNDS_SHARE = 0.05
 """The same as a part of the tightest TTFT target."""

@@ -212,8 +212,8 @@ def mean_time_s(model: Model, batch: int, acceptance: float | None) -> float:
     [
         (LARGE, 1, 1.8, 3.0),
         (LARGE, 64, 1.1, 1.4),
-        (SMALL, 1, 1.5, 2.8),
-        (WITH_DRAFT_MODEL, 1, 0.98, 2.0),
+        (SMALL, 1, 1.4, 2.6),
+        (WITH_DRAFT_MODEL, 1, 0.975, 1.9),
         (WITH_DRAFT_MODEL, 64, 0.98, 1.25),
     ],
 )
