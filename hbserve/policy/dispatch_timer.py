@@ -23,7 +23,7 @@ _NUM_LATE = 3
 """Steps of the last `_NUM_SAMPLES` that may come a little late; the device waits for them."""
 _MIN_SAMPLES = 16
 _MIN_LEAD_S = 3e-3
-_FIRST_GAP_S = 2.5e-3
+_FIRST_GAP_S = 1e-3
 _FIRST_ROUND_GAP_S = 0.3e-3
 _MAX_GAP_S = 0.1
 _GAP_RATE, _SMALLER_GAP_RATE = 0.3, 0.1
