@@ -32,6 +32,7 @@ _STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.05
 _CLIENT_TTL_S = 5
 """Time after which the master forgets memory whose process has ended. Until then it sends some blocks there."""
+_MIN_BYTES = 16 << 20
 _MAX_RESTARTS = 10
 """Within ten minutes, of each part."""
 _PR_SET_PDEATHSIG = 1
@@ -175,6 +176,8 @@ def _free_port(host: str) -> int:
 
 
 def _check_memory(num_bytes: int) -> None:
+    if num_bytes < _MIN_BYTES:
+        raise StartupError(f"kv_cache.store.bytes: Mooncake gives no less than {_MIN_BYTES} bytes, got {num_bytes}")
     with open("/proc/meminfo", encoding="ascii") as file:
         [available] = [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")]
     if num_bytes > available:

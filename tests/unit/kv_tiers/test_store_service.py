@@ -40,6 +40,13 @@ def test_more_memory_than_the_host_has_is_refused() -> None:
         StoreService(config(50051, 1 << 50))
 
 
+def test_less_memory_than_mooncake_can_give_is_refused() -> None:
+    with pytest.raises(
+        StartupError, match=r"kv_cache.store.bytes: Mooncake gives no less than 16777216 bytes, got 16000000"
+    ):
+        StoreService(config(50051, 16_000_000))
+
+
 def test_a_master_whose_name_is_unknown_is_refused() -> None:
     with pytest.raises(HBServeError, match=r"kv_cache.store.master: nowhere.invalid: "):
         StoreService(config(50051, host="nowhere.invalid"))
