@@ -216,6 +216,11 @@ class TierDirectory:
             del self._entries[entry.key]
         self._free_if_unused(entry)
 
+    def forget_all(self) -> None:
+        """Find no contents more."""
+        for entry in list(self._entries.values()):
+            self.forget(entry)
+
     def _free_if_unused(self, entry: TierEntry) -> None:
         if entry.is_forgotten and not entry.num_jobs and entry.slot >= 0:
             heapq.heappush(self._free, entry.slot)

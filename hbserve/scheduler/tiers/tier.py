@@ -29,8 +29,13 @@ class Tier:
     rests_until: float = -math.inf
 
     def rest(self, now: float) -> None:
-        """Leave it alone for a while, because it has failed."""
+        """Leave it alone for a while, because it has failed.
+
+        A store may have been started anew and hold nothing. So it is asked again for all that it is known to hold.
+        """
         self.rests_until = now + _REST_S
+        if self.info.by_name:
+            self.directory.forget_all()
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,26 @@ def test_a_lookup_delays_no_other_request_and_ends_with_its_own() -> None:
     assert len(system.loads()) == 1
 
 
+def test_a_store_that_has_failed_is_asked_again_for_what_it_was_known_to_hold() -> None:
+    """It may have been started anew: a load of what it held would be in vain, and nothing would be stored again."""
+    system = StoreSystem()
+    system.ask(PROMPT)
+    system.found(system.lookups[0], 0)
+    system.answer_all()
+    assert system.stats["blocks"] == 4
+    system.ask([*range(400, 520)])  # evicts
+    system.found(system.lookups[0], 0, "no such store")
+    assert system.stats["blocks"] == 0
+    system.step(seconds=11.0)
+    system.ask(PROMPT)
+    assert not system.loads()
+    [lookup] = system.lookups
+    assert len(lookup.keys) == 4
+    system.found(lookup, 0)
+    [store] = system.copies
+    assert store.keys == lookup.keys
+
+
 def test_the_loss_of_the_worker_ends_its_lookups() -> None:
     system = StoreSystem()
     system.ask(PROMPT)
