@@ -161,7 +161,7 @@ class OpenSample:
                 num_prompt_tokens=len(self._request.prompt_token_ids),
                 num_cached_tokens=0 if output is None else output.num_cached_tokens,
                 prompt_logprobs=None if output is None else output.prompt_logprobs,
-                num_accepted=0 if output is None else output.num_accepted,
+                num_accepted=0 if output is None else min(output.num_accepted, len(token_ids)),
                 num_rejected=0 if output is None else output.num_rejected,
             )
         )

@@ -7,7 +7,7 @@ from hbserve.scheduler.scheduler import CpuScheduler
 from hbserve.speculation.measured_gain import GainMeter
 
 
-class _Permissive(GainMeter):
+class Permissive(GainMeter):
     def may_look(self, size: tuple[int, bool]) -> bool:
         return True
 
@@ -21,6 +21,6 @@ class EagerDrafts(CpuScheduler):
     def _fill_pipelines(self, instance: InstanceHandle) -> None:
         for worker in instance.workers.values():
             if type(worker.gain) is GainMeter:
-                worker.gain = _Permissive()
+                worker.gain = Permissive()
             worker.timing.gap_s = worker.timing.round_gap_s = 0.0  # a busy machine makes waits for results long
         super()._fill_pipelines(instance)

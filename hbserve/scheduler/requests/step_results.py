@@ -139,10 +139,12 @@ class StepResults(RequestPhases):
         self.counts[f"drafts_{draft.drafter}"] += bool(draft.token_ids)
         self.counts[f"drafted_{draft.drafter}"] += len(draft.token_ids)
         self.counts[f"accepted_{draft.drafter}"] += num_accepted
-        tried = num_accepted, len(draft.token_ids) - num_accepted
+        is_predicted, num_wrong = draft.drafter == PredictionDrafter.name, len(draft.token_ids) - num_accepted
         for index, token in enumerate(token_ids):
             self._advance(sequence, allocation, row.start + index + 1)
-            predicted = tried if draft.drafter == PredictionDrafter.name and not index else None
+            # Each token has its own count: behind the end of the output, right guesses are none of the client's.
+            is_right = index < num_accepted
+            predicted = (int(is_right), 0 if is_right else num_wrong) if is_predicted and draft.token_ids else None
             self._on_token(sequence, allocation, token, logprobs[index] if logprobs else None, predicted)
             if sequence.phase is Phase.FINISHED:
                 return index + 1

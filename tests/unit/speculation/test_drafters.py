@@ -6,13 +6,19 @@ import random
 
 import pytest
 
-from hbserve.messages.worker import TO_BE_DRAFTED
+from hbserve import SamplingParams
+from hbserve.messages.client import AddRequest
+from hbserve.messages.worker import TO_BE_DRAFTED, StepResult
 from hbserve.policy.step_time_predictor import StepTimePredictor, StepWork
 from hbserve.speculation import Draft, GrammarDrafter, NgramDrafter, PredictionDrafter, Speculator, SuffixDrafter
 from hbserve.speculation.choice import Candidate, Way, choose
 from hbserve.speculation.rounds import accepted_tokens
 from hbserve.speculation.speculator import Record
 from hbserve.speculation.suffixes import OutputPools
+from tests.support.eager_drafts import Permissive
+from tests.support.scheduler_parts import SchedulerParts
+
+END = 9
 
 
 def test_accepted_tokens_are_the_right_guesses_and_the_token_after_them() -> None:
@@ -271,3 +277,27 @@ def test_what_a_grammar_forces_is_guessed_as_far_as_it_is_known() -> None:
         assert draft.token_ids == guess
         assert draft.record.acceptance > 0.95
     assert speculator.draft([1, 2, 3, 4, 5], 9) is None
+
+
+def test_a_prediction_counts_what_the_output_has_of_it() -> None:
+    """Behind an end token the worker finds more right guesses; the client gets none of them, and counts none."""
+    parts = SchedulerParts()
+    parts.worker.gain = Permissive()
+    parts.worker.timing.gap_s = 0.0
+    predicted = [*[7] * 30, END, *[7] * 30]
+    request = AddRequest("a", [1] * 20, [END], SamplingParams(max_tokens=100), predicted_token_ids=predicted)
+    assert parts.requests.admit(parts.add_request(request))
+    num_drafted, end = 0, 0
+    while parts.plan():
+        step = parts.worker.inflight[-1]
+        [row] = step.rows
+        tokens = (predicted + [7] * 40)[end : end + row.num_samples]
+        num_drafted += row.num_samples - 1
+        result = StepResult(epoch=1, step_id=step.step_id, token_ids=tokens, logprobs=None, busy_s=0.004)
+        parts.requests.on_step_done(parts.worker, result)
+        end += len(tokens)
+    tokens = [token for output in parts.outputs for token in output.token_ids]
+    assert tokens == predicted[:31]
+    num_accepted = sum(output.num_accepted for output in parts.outputs)
+    assert 0 < num_accepted < num_drafted
+    assert num_accepted < len(tokens)
