@@ -28,6 +28,8 @@ _CLUSTER, _OVERLAP = 4, 6
 _MAX_SHARED_BYTES, _LARGE_CLUSTERS = 8, 14
 """Function attributes of the driver: maximum dynamic shared memory, and clusters that not every GPU has."""
 _MAX_PORTABLE_CLUSTER = 8
+_DIGEST_BYTES = hashlib.sha256().digest_size
+"""A kept kernel begins with its digest: a broken file is compiled again."""
 
 
 class _Attribute(ctypes.Structure):
@@ -127,13 +129,17 @@ def _compiled(source: Path, macros: Mapping[str, int], capability: tuple[int, in
     key = hashlib.sha256(repr((text, options, torch.version.cuda)).encode()).hexdigest()
     kept = cache_folder() / "kernels" / f"{source.stem}-{key[:32]}.cubin"
     try:
-        return kept.read_bytes()
+        content = kept.read_bytes()
+        digest, binary = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if digest == hashlib.sha256(binary).digest():
+            return binary
     except OSError:
-        binary = _compile(text, source.name, options)
+        pass
+    binary = _compile(text, source.name, options)
     try:  # whole or not at all: other processes read it
         kept.parent.mkdir(parents=True, exist_ok=True)
         own = kept.with_suffix(f".{os.getpid()}")
-        own.write_bytes(binary)
+        own.write_bytes(hashlib.sha256(binary).digest() + binary)
         own.replace(kept)
     except OSError as error:
         logger.info("cannot keep a compiled kernel in %s: %s", kept.parent, error)
