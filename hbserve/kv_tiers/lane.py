@@ -67,7 +67,7 @@ class _Turn:
     def of(num_blocks: int, block_bytes: int, device: torch.device) -> _Turn:
         if device.type == "cpu":
             return _Turn(torch.empty(num_blocks, block_bytes, dtype=torch.uint8))
-        # Before the steps: its kernels are short and need few multiprocessors, and the next copy waits for them.
+        # Before the steps: its kernels are short, and the next copy waits for them.
         stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):  # else it is memory that a step has freed and its kernels still use
             buffer = torch.empty(num_blocks, block_bytes, dtype=torch.uint8, device=device)

@@ -1,7 +1,4 @@
-"""A Triton kernel that moves blocks between an arena and a buffer and computes their checksums in the same pass.
-
-It passes over the bytes once. Beside the steps of a model it uses few of the GPU's multiprocessors.
-"""
+"""A Triton kernel that moves blocks between an arena and a buffer and computes their checksums in the same pass."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def checksum_of(words: torch.Tensor) -> int:
 
 
 def take_blocks(arena: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Copy blocks out of an arena and return their checksums, as `checksums_of`, at the cost of few multiprocessors.
+    """Copy blocks out of an arena and return their checksums, as `checksums_of`, in one pass.
 
     Args:
         arena: int64 ``[block, word]``.
@@ -198,7 +198,7 @@ def take_blocks(arena: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> 
         out: likewise, one row for each block.
     """
     if arena.device.type == "cuda":
-        return _move(arena, index, out, _FEW_PROGRAMS)
+        return _move(arena, index, out)
     torch.index_select(arena, 0, index, out=out)
     return _checksums(out, None)
 
@@ -206,7 +206,7 @@ def take_blocks(arena: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> 
 def put_blocks(arena: torch.Tensor, index: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """Copy blocks into an arena and return the checksums of what was copied; as `take_blocks`."""
     if arena.device.type == "cuda":
-        return _move(arena, index, words, _FEW_PROGRAMS, to_arena=True)
+        return _move(arena, index, words, to_arena=True)
     arena.index_copy_(0, index, words)
     return _checksums(words, None)
 
@@ -226,7 +226,7 @@ def _checksums(arena: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     """Return the checksums of rows of words; ``index``: None: of all."""
     if arena.device.type == "cuda":
         index = torch.arange(len(arena), device=arena.device) if index is None else index
-        return _move(arena, index, None, _MANY_PROGRAMS)
+        return _move(arena, index, None)
     return torch.from_numpy(_on_cpu("bw,w->b", arena if index is None else arena[index]))
 
 
@@ -235,19 +235,16 @@ def _on_cpu(sums: str, words: torch.Tensor) -> Any:
     return np.einsum(sums, words.numpy(), weights.numpy())  # torch's products of integers take 1.4 times as long
 
 
-def _move(
-    arena: torch.Tensor, index: torch.Tensor, words: torch.Tensor | None, num_programs: int, to_arena: bool = False
-) -> torch.Tensor:
+def _move(arena: torch.Tensor, index: torch.Tensor, words: torch.Tensor | None, to_arena: bool = False) -> torch.Tensor:
     from hbserve.kv_transfer import block_kernels  # Triton is there on a GPU only
 
-    return block_kernels.move(arena, index, words, _weights(arena.shape[1], arena.device), num_programs, to_arena)
+    return block_kernels.move(arena, index, words, _weights(arena.shape[1], arena.device), _NUM_PROGRAMS, to_arena)
 
 
-_FEW_PROGRAMS = 16
-"""Thread blocks of a copy beside a model's steps. An H200 has 132 multiprocessors, and one moves more than 10 GB/s, so
-these keep up with a link to the host."""
-_MANY_PROGRAMS = 132
-"""Thread blocks of a checksum for which a request waits."""
+_NUM_PROGRAMS = 132
+"""Thread blocks of a launch, one for each multiprocessor of an H200. Beside steps, a short use of all of them costs
+less than a long use of few: with 16, storing 4 GB/s beside 32 streams took 1.0 % of a step's time, with 132 0.7 %,
+and loading 1.4 and 0.9 %."""
 
 
 _MAX_COPIED_RUNS = 4

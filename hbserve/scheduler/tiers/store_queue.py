@@ -24,11 +24,9 @@ _MIN_STORE_BYTES = 16 << 20
 would cost scheduler and workers as many messages as the steps themselves."""
 _MIN_STORE_SHARE = 1 / 16
 """The same as a share of the pool's blocks, for small pools, which soon need these for others."""
-_MAX_STORE_DELAY_S = 0.02
-"""How long fewer bytes wait for others."""
-_MAX_NAMED_STORE_DELAY_S = 0.2
-"""The same for a tier that keeps blocks by name. Each call of a store costs messages to its master and memory, so it
-gets as many bytes at once as a job may have."""
+_MAX_STORE_DELAY_S = 0.2
+"""How long fewer bytes wait for others. A tier that keeps blocks by name waits so long for as many as a job may have:
+each call of a store costs messages to its master and memory."""
 _MAX_STORE_JOBS = 2
 """Store jobs in flight at one instance and tier: one is copied while the next one is on its way."""
 
@@ -52,7 +50,7 @@ class StoreQueue:
     def offer(self, instance: InstanceHandle, tier: Tier, keys: Iterable[bytes]) -> None:
         """Have contents wait that were just sealed, where they are absent."""
         waiting = self._waiting[instance, tier]
-        due = self._clock.now + (_MAX_NAMED_STORE_DELAY_S if tier.info.by_name else _MAX_STORE_DELAY_S)
+        due = self._clock.now + _MAX_STORE_DELAY_S
         for key in keys:
             if key not in tier.directory:
                 waiting.setdefault(key, due)
