@@ -194,7 +194,7 @@ def _compare_defaults(arguments: argparse.Namespace) -> None:
             ttfts_ms, itls_ms = [], []
             for make in parts:
                 requests = make()
-                itls_ms += _serve(sizes, steps, requests)
+                itls_ms += serve_with_gaps(sizes, steps, requests)
                 ttfts_ms += [request.ttft_ms for request in requests]
             ttfts_ms.sort()
             rows.append((percentile(ttfts_ms, 50), percentile(ttfts_ms, 99), percentile(sorted(itls_ms), 99)))
@@ -221,7 +221,7 @@ def _default_loads(
             )
 
 
-def _serve(sizes: Sizes, steps: StepTimePredictor, requests: list[SimulatedRequest]) -> list[float]:
+def serve_with_gaps(sizes: Sizes, steps: StepTimePredictor, requests: list[SimulatedRequest]) -> list[float]:
     """Serve requests with one unified worker; returns the gaps between tokens of a stream, in milliseconds."""
     config = make_config([InstanceRole.UNIFIED], sizes)
     system = SimulatedSystem(config, steps, sizes.num_blocks)

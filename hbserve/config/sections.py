@@ -211,7 +211,7 @@ class SchedulerConfig(Section, frozen=True):
         ttft_ms, tpot_ms: targets of requests that have none of their own.
         ttft_ms_per_1k_tokens: added to ``ttft_ms`` for every 1000 tokens of the prompt.
         targets_are_soft: the targets are a guess of what clients want; mode ``auto`` sets it with the targets of the
-            machine. Prompts are then in nearly the order of arrival, and none is given up for others.
+            machine. Prompts are then in nearly the order of arrival; at most 0.7 % of them stand back for others.
         targets_by_default: without ``ttft_ms`` and ``tpot_ms`` they are multiples of what a lone request takes on this
             machine (`hbserve.system.auto_plan`).
         max_queue_s: a request whose first token is predicted to take longer is refused at once, with the time after

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from hbserve.config import Config, InstanceRole
 from hbserve.config.semi_pd import DECODE_PACE, MIXED_PACE
 from hbserve.policy.decode_throttle import DecodeThrottle, choose_percentage
+from hbserve.policy.gap_budget import GapBudget
 from hbserve.policy.mixed_step_budget import MIN_TOKENS, MIN_TOKENS_ALONE, MixedStepBudget, slack_s
 from hbserve.policy.step_time_predictor import StepWork, num_pairs
 from hbserve.scheduler.core_io import Clock
@@ -29,7 +30,9 @@ _MAX_OVERHEAD_OF_PROMPTS = 0.05
 """The same of a step that targets bound. A larger one gains less than this, and what comes meanwhile waits for its end:
 static splits on an H200 serve up to 7 points more of Mooncake's conversations so than with steps of 8,192 tokens."""
 _SOFT_TOKENS = 2048
-"""Tokens of a step where targets are a guess, decode rows included. Larger steps compute prompts hardly faster."""
+"""Tokens of a step where targets are a guess. Larger steps compute prompts hardly faster."""
+_MAX_SOFT_TOKENS = 4 * _SOFT_TOKENS
+"""Tokens of prompts that are counted to see how many wait."""
 _STEP_SHARE = 0.25
 """Share of the TTFT target that a step of prompts may take: what comes while it runs waits for its end."""
 _BATCH_SHARE = 0.1
@@ -109,7 +112,11 @@ class WorkerChoice:
         # Applies to requests without a target of their own; None: no target.
         self._tpot_target_ms = config.scheduler.tpot_ms if slo is None else slo.tpot_target_ms
         self._targets_are_soft = config.scheduler.targets_are_soft
+        self._soft_tpot_s: float | None = None
+        self._gaps = GapBudget()
         if self._targets_are_soft:
+            if self._tpot_target_ms is not None:
+                self._soft_tpot_s = self._tpot_target_ms / 1000
             self._tpot_target_ms = None
         # Says when decode computes while prefill is busy at another worker; None: always.
         self._throttle: DecodeThrottle | None = None
@@ -328,6 +335,8 @@ class WorkerChoice:
         if InstanceRole.PREFILL in phases:
             in_time = worker.timing.predictor.tokens_within(StepWork(0, 0), 0, limit.seconds)
             self.tokens_per_step = min(limit.prompt_tokens, max(limit.min_prompt_tokens, in_time))
+            if len(phases) == 2 and self._soft_tpot_s is not None:  # how long a gap is depends on how many wait
+                self.tokens_per_step = _MAX_SOFT_TOKENS
         return limit
 
     def _step_limit(self, worker: WorkerHandle, phases: set[InstanceRole], ttft_s: float) -> StepLimit:
@@ -356,6 +365,8 @@ class WorkerChoice:
             if self._targets_are_soft:
                 limit = limit._replace(seconds=math.inf)
                 max_tokens = min(known_tokens, max(_SOFT_TOKENS - len(decoding), MIN_TOKENS_ALONE))
+                if len(phases) == 2 and decoding and waiting_tokens and self._soft_tpot_s is not None:
+                    return self._limit_by_gap(limit, worker, decoding, known_tokens, self._soft_tpot_s)
             elif decoding and self._has_no_token_limit:
                 efficient = max(predictor.efficient_tokens(_MAX_OVERHEAD), MIN_TOKENS_ALONE)
                 max_tokens = int(min(efficient, known_tokens))
@@ -387,9 +398,32 @@ class WorkerChoice:
             is_accounted=True,
         )
 
+    def _limit_by_gap(
+        self,
+        limit: StepLimit,
+        worker: WorkerHandle,
+        decoding: list[tuple[Sequence, KVAllocation]],
+        known_tokens: int,
+        tpot_s: float,
+    ) -> StepLimit:
+        """Return the limits of a step with prompts and decode rows whose targets are a guess."""
+        predictor, max_tokens = worker.timing.predictor, min(known_tokens, _SOFT_TOKENS)
+        begins_at = max(self._clock.now, worker.timing.expected_end() or self._clock.now)
+        prompts_s = predictor.estimate_s(self._next_prompts(_MAX_SOFT_TOKENS, with_batch=False))
+        alone_s = predictor.estimate_s(self._next_prompts(max_tokens, with_batch=False))
+        decode_s = predictor.estimate_s(StepWork(len(decoding), sum([a.num_planned for _, a in decoding])))
+        seconds = self._gaps.limit_s(begins_at, tpot_s, prompts_s, alone_s, decode_s)
+        if seconds == math.inf:
+            return limit._replace(takes_decodes=False, prompt_tokens=max_tokens, batch_s=0.0)
+        return limit._replace(seconds=seconds, prompt_tokens=max_tokens)
+
     def on_mixed_step(self, now: float, beside_prompts: bool) -> None:
         """A step with decode rows has been planned under a limit of time."""
         self._mixed_steps.on_decode_step(now, beside_prompts)
+
+    def on_decode_step(self) -> None:
+        """A step with decode rows has been planned."""
+        self._gaps.on_decode_step()
 
     def _target_ms(self, sequence: Sequence) -> float | None:
         return None if sequence.is_batch else sequence.tpot_target_ms or self._tpot_target_ms

@@ -96,8 +96,10 @@ class StepPlanner:
             self._send(instance, worker, step, worker.role)
             return True
         self._open_transfers(instance, step)
-        if limit.is_accounted and has_decodes:
-            instance.choice.on_mixed_step(now, bool(step.prefill_rows))
+        if has_decodes:
+            instance.choice.on_decode_step()
+            if limit.is_accounted:
+                instance.choice.on_mixed_step(now, bool(step.prefill_rows))
         self._send(instance, worker, step, worker.role)
         return True
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import pytest
+
+from benchmarks.auto import serve_with_gaps
 from hbserve.bench.request_record import RequestTargets, percentile
-from hbserve.config import InstanceRole, SchedulerConfig
+from hbserve.config import SchedulerConfig
 from hbserve.policy.profile_file import profiled_predictor
-from hbserve.simulate.config import Sizes, make_config
+from hbserve.simulate.config import Sizes
 from hbserve.simulate.requests import SimulatedRequest
 from hbserve.simulate.standard_loads import standard_load
 from hbserve.simulate.systems import Setting, System, simulate
-from hbserve.simulate.world import SimulatedSystem
 from tests.support.simulated_load import KINDS, drawn
 
 TUNED = ("unified@1024", "semi_pd@100-100")
@@ -51,23 +53,35 @@ def test_nor_under_loads_that_no_rule_was_made_for() -> None:
     assert sums["unified"] >= max(sums.values()) - TOLERANCE * len(KINDS) * 2 * len(SEEDS)
 
 
-def test_without_targets_of_clients_prompts_wait_less_and_the_last_ones_no_longer() -> None:
-    """Beside first come, first served in steps of as many tokens, on two draws of bursts of code completion."""
+@pytest.mark.parametrize(("load", "rate"), [("code", 12.0), ("chat", 14.0)])
+def test_without_targets_of_clients_prompts_and_tokens_wait_less_than_first_come_first_served(
+    load: str, rate: float
+) -> None:
+    """Median and 99th percentile of TTFT, and that of the gaps between tokens, on two draws of a load.
+
+    Beside it: steps of 8,192 tokens, which is vLLM's default for a server on an H200 (docs/auto.md).
+    """
     guess = SchedulerConfig(ttft_ms=86.0, ttft_ms_per_1k_tokens=197.0, tpot_ms=43.0, targets_are_soft=True)
     soft = Sizes(scheduler=guess)
     first_come = Sizes(
-        chunk_size=2048,
-        max_chunk_prefill_tokens=2048,
-        max_num_batched_tokens=2048,
+        chunk_size=8192,
+        max_chunk_prefill_tokens=8192,
+        max_num_batched_tokens=8192,
         scheduler=SchedulerConfig(policy="fcfs"),
     )
-    times_ms: list[list[float]] = []
+    percentiles = []
     for sizes in (soft, first_come):
-        times_ms.append([])
+        ttfts_ms: list[float] = []
+        gaps_ms: list[float] = []
         for seed in SEEDS:
-            requests = standard_load("code", 12.0, 150, seed)
-            SimulatedSystem(make_config([InstanceRole.UNIFIED], sizes), STEPS, sizes.num_blocks).serve(requests)
-            times_ms[-1] += [request.ttft_ms for request in requests]
-        times_ms[-1].sort()
-    assert percentile(times_ms[0], 50) < 0.95 * percentile(times_ms[1], 50)
-    assert percentile(times_ms[0], 99) < 1.02 * percentile(times_ms[1], 99)
+            requests = standard_load(load, rate, 150, seed)
+            gaps_ms += serve_with_gaps(sizes, STEPS, requests)
+            ttfts_ms += [request.ttft_ms for request in requests]
+        ttfts_ms.sort()
+        percentiles.append(
+            (percentile(ttfts_ms, 50), percentile(ttfts_ms, 99), percentile(sorted(gaps_ms), 99), ttfts_ms[-1])
+        )
+    ours, theirs = percentiles
+    for number in range(3):
+        assert ours[number] < theirs[number], (ours, theirs)
+    assert ours[3] < 2.5 * theirs[3]  # the few prompts that stand back
