@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from functools import cache, partial
 from itertools import pairwise
@@ -21,6 +22,7 @@ from hbserve.simulate.world import SimulatedSystem
 from tests.support.simulated_load import poisson
 
 TTFT_MS, TPOT_MS = 300.0, 40.0
+SOFT = SchedulerConfig(ttft_ms=86.0, ttft_ms_per_1k_tokens=197.0, tpot_ms=43.0, targets_are_soft=True)
 
 
 @cache
@@ -43,6 +45,28 @@ def test_under_overload_no_request_starves(roles: tuple[str, ...], rate: float) 
         assert request.ttft_ms / 1000 <= OVERDUE_TARGETS * TTFT_MS / 1000 + 1.1 * work_s / OVERDUE_SHARE
     in_time = sum(request.ttft_ms <= TTFT_MS for request in requests)
     assert in_time > 0.5 * len(requests)
+
+
+@pytest.mark.parametrize("roles", [("unified",), ("unified", "unified")])
+@pytest.mark.parametrize("seed", [0, 2])
+def test_where_targets_are_a_guess_no_request_waits_much_longer_than_first_come_first_served(
+    roles: tuple[str, ...], seed: int
+) -> None:
+    """Bursts of prompts of 1 to 30,000 tokens, more than the device can do, with best-effort ones among them."""
+    rng, now = random.Random(seed), 0.0
+    load: list[tuple[float, int, int, bool]] = []
+    for _ in range(100):
+        now += rng.expovariate(rng.choice([4, 30, 200]))
+        prompt_tokens, output_tokens = rng.choice([1, 20, 500, 2000, 8000, 30_000]), rng.choice([1, 2, 20, 200])
+        load.append((now, prompt_tokens, output_tokens, rng.random() < 0.1))
+    longest_ms = []
+    for scheduler in (SOFT, SchedulerConfig(policy="fcfs")):
+        requests = [SimulatedRequest(at, prompt, output, is_batch=is_batch) for at, prompt, output, is_batch in load]
+        config = make_config([InstanceRole(role) for role in roles], Sizes(scheduler=scheduler), shares_prefixes=False)
+        SimulatedSystem(config, steps(), Sizes().num_blocks).serve(requests)
+        longest_ms.append(max(request.ttft_ms for request in requests if not request.is_batch))
+        assert max(request.ttft_ms for request in requests) < 60_000
+    assert longest_ms[0] <= 2.5 * longest_ms[1]
 
 
 @pytest.mark.parametrize("roles", [("unified",), ("prefill", "decode")])
