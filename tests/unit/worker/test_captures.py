@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 from hbserve.config import InstanceRole
 from hbserve.messages.rank import CaptureGraph
 from hbserve.messages.worker import StepPlan
@@ -81,6 +83,28 @@ def test_the_capture_under_way_ends_before_those_of_a_new_role() -> None:
     assert runner.done == ["1.0"]
     captures.do_before(plan(role=InstanceRole.PREFILL), lambda: False)
     assert runner.done == [f"1.{part}" for part in range(_PARTS)], "and no other begins while there is work"
+
+
+def test_beside_steps_parts_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is never idle asks each 10 ms whether it may do a part, which takes 2 ms."""
+    now_s, part_s, num_parts = 0.0, 2e-3, 0
+    monkeypatch.setattr("hbserve.worker.captures.monotonic", lambda: now_s)
+
+    class SlowRunner(Runner):
+        def capture(self, graph: CaptureGraph) -> Iterator[None]:
+            nonlocal now_s
+            while True:
+                now_s += part_s
+                yield
+
+    captures, _ = make(SlowRunner())
+    assert captures.do_part(is_idle=True)
+    began_s = now_s
+    while now_s < began_s + 10:
+        num_parts += captures.do_part(is_idle=False)
+        now_s += 10e-3
+    assert 0.03 < num_parts * part_s / 10 <= 0.05
+    assert captures.do_part(is_idle=True), "an idle worker does not wait between parts"
 
 
 def test_where_captures_cannot_go_on_beside_steps_a_plan_waits_for_a_whole_one() -> None:
