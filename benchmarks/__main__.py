@@ -37,6 +37,7 @@ _EXPERIMENTS = {
     "kv_tier_turns": "sessions in turns on a small KV pool, without a host tier and with one",
     "kv_tier_random": "random requests with all tiers and faults: are the answers right",
     "kv_tier_trace": "parts of a trace with a host tier and without, side by side on one device",
+    "kv_tier_steps": "what copies to and from host memory cost the steps beside them",
     "kv_tier_bounds": "what a KV tier of a size can be worth at most on a trace",
     "chaos": "killed processes, malformed requests, configurations and model folders, from a seed",
     "speculation": "what drafts bring at a forced acceptance, by batch size",

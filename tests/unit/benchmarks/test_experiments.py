@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import compare, fp8_engine, handover, scheduler, scheduler_kills, transfer
+from benchmarks import compare, fp8_engine, handover, kv_tier_steps, scheduler, scheduler_kills, transfer
 from benchmarks.compared import ComparedSystem, can_share_instances, loads_of
 from benchmarks.stream_load import StreamLoad
 from hbserve.bench.request_record import RequestTargets
@@ -46,6 +46,18 @@ def test_the_hand_over_is_measured_in_whole_systems(tmp_path: Path, capsys: pyte
         assert 0 <= alone["exposed_ms"] < alone["ttft_ms"] + alone["second_ms"]
     assert shm["beside"]["num_prompts"] > 0
     assert min(shm["beside"][name] for name in ("alone_ms", "joined_ms", "beside_ms")) > 0
+
+
+def test_steps_are_measured_beside_copies_of_a_tier(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3", max_position_embeddings=2048)
+    parser = argparse.ArgumentParser()
+    kv_tier_steps.add_arguments(parser)
+    command = f"""--model {tmp_path} --device cpu --streams 2 --context 40 --chunk 16 --rate 0.05 --seconds 0.05
+        --json {tmp_path / "out"}"""
+    kv_tier_steps.run(parser.parse_args(command.split()))
+    rows = json.loads((tmp_path / "out").read_text())
+    assert {row["kind"] for row in rows} == {"off", "store", "load"}
+    assert all((row["gb_s"] > 0) == (row["kind"] != "off") and row["steps"] > 0 for row in rows)
 
 
 @pytest.mark.slow
