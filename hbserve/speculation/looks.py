@@ -14,6 +14,9 @@ _SAMPLE = 32
 """Sequences of a look, while there are no drafts."""
 _SEQUENCES_PER_LOOK, _MAX_STEPS_PER_LOOK = 4, 8
 """One step in so many has a look: a step for each four sequences, and a limit."""
+_LOOKS_PER_SLOWDOWN, _MAX_SLOWDOWN, _MAX_SLOWDOWN_OF_FEW = 4, 8, 4
+"""After so many looks that brought no drafts the next ones come at half the rate, down to these parts of it: a look at
+32 sequences takes 0.6 ms, which steps of a small model must wait for."""
 _MAX_LOOKS_PER_FULL_LOOK = 64
 """Looks for one at all sequences, at most: twice as many after each that has brought no drafts."""
 
@@ -32,14 +35,17 @@ class Looks:
     def __init__(self) -> None:
         self.num_undrafted = 0
         self._num_looks = 0  # in a row that brought no drafts
+        self._num_sequences = self._next = 0
         self._wait = 1  # looks from one at all sequences to the next
         self._num_until_all = 0
         self._has_seen_all = False
 
     def is_due(self, num_sequences: int) -> bool:
-        """Whether the next step looks at guesses."""
-        steps = min(max(1, num_sequences // _SEQUENCES_PER_LOOK), _MAX_STEPS_PER_LOOK)
-        return self.num_undrafted % steps == 0
+        """Whether the next step looks at guesses; new sequences are looked at soon."""
+        if num_sequences > self._num_sequences or not self.num_undrafted:
+            self._num_looks = self._next = 0
+        self._num_sequences = num_sequences
+        return self.num_undrafted >= self._next
 
     def sample(self, sequences: list[T]) -> list[T]:
         """Return the sequences to look at first: all while there are drafts, else some of them in turn."""
@@ -60,6 +66,9 @@ class Looks:
             self._num_looks, self._wait, self._num_until_all = 0, 1, 0
         elif has_looked:
             self._num_looks += 1
+            steps = min(max(1, self._num_sequences // _SEQUENCES_PER_LOOK), _MAX_STEPS_PER_LOOK)
+            max_slowdown = _MAX_SLOWDOWN_OF_FEW if steps == 1 else _MAX_SLOWDOWN
+            self._next = self.num_undrafted + steps * min(2 ** (self._num_looks // _LOOKS_PER_SLOWDOWN), max_slowdown)
             self._num_until_all = max(self._num_until_all - 1, 0)
             if self._has_seen_all:
                 self._num_until_all, self._wait = self._wait, min(2 * self._wait, _MAX_LOOKS_PER_FULL_LOOK)
