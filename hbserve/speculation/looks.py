@@ -15,8 +15,8 @@ _SAMPLE = 32
 _SEQUENCES_PER_LOOK, _MAX_STEPS_PER_LOOK = 4, 8
 """One step in so many has a look: a step for each four sequences, and a limit."""
 _LOOKS_PER_SLOWDOWN, _MAX_SLOWDOWN, _MAX_SLOWDOWN_OF_FEW = 4, 8, 4
-"""After so many looks that brought no drafts the next ones come at half the rate, down to these parts of it: a look at
-32 sequences takes 0.6 ms, which steps of a small model must wait for."""
+"""After so many looks at guesses that promised nothing the next ones come at half the rate, down to these parts: a
+look at 32 sequences takes 0.6 ms, which steps of a small model must wait for."""
 _MAX_LOOKS_PER_FULL_LOOK = 64
 """Looks for one at all sequences, at most: twice as many after each that has brought no drafts."""
 
@@ -34,8 +34,8 @@ class Looks:
 
     def __init__(self) -> None:
         self.num_undrafted = 0
-        self._num_looks = 0  # in a row that brought no drafts
-        self._num_sequences = self._next = 0
+        self._num_looks = 0  # in a row at guesses that promised nothing
+        self._num_sequences = self._next = self._begin = 0
         self._wait = 1  # looks from one at all sequences to the next
         self._num_until_all = 0
         self._has_seen_all = False
@@ -51,7 +51,7 @@ class Looks:
         """Return the sequences to look at first: all while there are drafts, else some of them in turn."""
         if not self.num_undrafted or len(sequences) <= _SAMPLE:
             return sequences
-        begin = self._num_looks * _SAMPLE % len(sequences)
+        begin = self._begin % len(sequences)
         return (sequences[begin:] + sequences[:begin])[:_SAMPLE]
 
     def may_see_all(self) -> bool:
@@ -59,13 +59,14 @@ class Looks:
         self._has_seen_all = not self._num_until_all
         return self._has_seen_all
 
-    def on_planned(self, has_looked: bool, has_drafts: bool) -> None:
-        """Note a plan with decoding sequences."""
+    def on_planned(self, has_looked: bool, has_drafts: bool, are_promising: bool) -> None:
+        """Note a plan with decoding sequences; ``are_promising``: the guesses are, even if there are no drafts."""
         self.num_undrafted = 0 if has_drafts else self.num_undrafted + 1
         if has_drafts:
             self._num_looks, self._wait, self._num_until_all = 0, 1, 0
         elif has_looked:
-            self._num_looks += 1
+            self._num_looks = 0 if are_promising else self._num_looks + 1
+            self._begin += _SAMPLE
             steps = min(max(1, self._num_sequences // _SEQUENCES_PER_LOOK), _MAX_STEPS_PER_LOOK)
             max_slowdown = _MAX_SLOWDOWN_OF_FEW if steps == 1 else _MAX_SLOWDOWN
             self._next = self.num_undrafted + steps * min(2 ** (self._num_looks // _LOOKS_PER_SLOWDOWN), max_slowdown)

@@ -74,7 +74,7 @@ class DecodePlanner:
         if drafts is None:
             return False
         step.has_waited, step.worker.waits_for_drafts = step.worker.waits_for_drafts, False
-        step.worker.looks.on_planned(step.has_looked, bool(drafts))
+        step.worker.looks.on_planned(step.has_looked, bool(drafts), step.are_promising)
         if step.rounds > 1:
             step.rounds = self._rounds(instance, decoding, drafts, step.rounds)
         for sequence, allocation in decoding:
@@ -142,6 +142,7 @@ class DecodePlanner:
         goes_on = not looks.num_undrafted
         choice = choose(candidates, work, timing.predictor, gap_s, max_rows, timing.draft_s, timing.read_s, goes_on)
         way, lengths = choice.way, choice.lengths
+        step.are_promising = way is not Way.PLAIN
         if way is Way.PLAIN or not step.worker.gain.permits(step.size, choice.gain):
             return {}
         step.gain = max(step.gain, choice.gain)

@@ -48,7 +48,7 @@ class StepBuilder:
         self.rounds = 1
         self.size: tuple[int, bool] | None = None
         self.num_decoding = self.decoding_keys = 0
-        self.speculates = self.has_looked = self.has_waited = False
+        self.speculates = self.has_looked = self.has_waited = self.are_promising = False
         self.gain = 0.0
         self._unread: list[int] | None = None
         self.num_scores: list[int] = []
