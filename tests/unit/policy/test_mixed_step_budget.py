@@ -61,8 +61,8 @@ def test_a_new_sequence_does_not_pay_for_the_lead_of_the_batch() -> None:
     assert budget.limit_s(0.0, interval_s, 0.05, full_step_s, True) == pytest.approx(interval_s + 0.05)
     assert interval_s / 2 <= budget.limit_s(0.0, interval_s, -0.05, full_step_s, True) < interval_s
     assert budget.limit_s(0.0, interval_s, -9.0, full_step_s, True) == interval_s / 2
-    # 15 of 16 tokens come after the first: at a target of 48 ms the slack is 120 ms, less 2 % of 720 and 7 % of 48.
-    kept_s = 0.02 * 0.72 + 0.07 * 0.048
+    # 15 of 16 tokens come after the first: at a target of 48 ms the slack is 120 ms, less 2 % of 720 and a fifth of 48.
+    kept_s = 0.02 * 0.72 + 0.2 * 0.048
     assert slack_s(7.0, 7.0, 15, 15, 0.048, interval_s) == pytest.approx(0.12 - kept_s)
     assert slack_s(7.16, 7.0, 15, 14, 0.048, interval_s) == pytest.approx(-kept_s)
     assert slack_s(7.3, 7.0, 15, 14, 0.048, interval_s) == pytest.approx(-0.14 - kept_s)
